@@ -1,0 +1,334 @@
+"""One step of speculative decoding: the forward pass over verified tokens, guesses and masks, and its acceptance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+
+from . import layout
+from .layout import Slots
+
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+    from transformers.generation import BaseStreamer
+
+    from .sampler import MtpHead
+
+
+SUPPORTED_ATTENTION = ("sdpa", "eager")
+
+
+@dataclass
+class _Plan:
+    """What depends on the shape of a step only, made once per shape and used again."""
+
+    slots: Slots
+    position: torch.Tensor
+    last_position: int
+    logits_to_keep: torch.Tensor
+    mask_embeddings: torch.Tensor
+    attention: dict[str | None, torch.Tensor]
+    capacity: int
+
+
+class SpeculativeForward:
+    """
+    Runs the model over `[tokens | masks]` for one sequence and keeps its key-value cache.
+
+    Ordinary tokens come first, so that what is accepted lies contiguous in the cache and one crop removes the rest; the
+    gate is a count of trailing positions; logits are computed for the tokens to verify only.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model with the adapter injected.
+        adapter (`str`):
+            Name of the active adapter.
+        cache ([`~transformers.DynamicCache`]):
+            Its cache, empty or holding a part of the prompt.
+        num_padding (`int`):
+            Number of padding tokens at the left of the prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapter: str, cache: Cache, num_padding: int):
+        config = model.config.get_text_config(decoder=True)
+        self.model, self.adapter, self.cache, self.num_padding = model, adapter, cache, num_padding
+        self.head: MtpHead = model.mtp_head
+        self.embeddings = model.get_input_embeddings()
+        self.patterns = attention_patterns(config)
+        self.additive_masks = config._attn_implementation == "eager"
+        self.max_position = getattr(config, "max_position_embeddings", None)
+        self.plans: dict[tuple[int, int, int], _Plan] = {}
+        self.states: torch.Tensor | None = None
+        _check_supported(config, cache)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in the cache."""
+        return self.cache.get_seq_length()
+
+    def prefill(self, token_ids: torch.Tensor, chunk_size: int | None = None) -> None:
+        """
+        Puts tokens into the cache by the model's own causal pass, whose attention needs no explicit mask.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(1, length)`):
+                The tokens that follow those in the cache.
+            chunk_size (`int`, *optional*):
+                Runs them this many at a time.
+        """
+        for chunk in token_ids.split(chunk_size or token_ids.shape[1], dim=1):
+            seen = self.length + chunk.shape[1]
+            indices = torch.arange(seen, device=chunk.device)[None]
+            attention_mask = (indices >= self.num_padding).long() if self.num_padding else None
+            positions = indices[:, self.length :] - self.num_padding
+            self.model(
+                input_ids=chunk,
+                attention_mask=attention_mask,
+                position_ids=positions.clamp(min=0),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+
+    def __call__(
+        self, token_ids: torch.Tensor, num_guesses: int, num_masks: int, first_block: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            token_ids (`torch.LongTensor` of shape `(num_tokens,)`):
+                Tokens not yet in the cache; the last `num_guesses` are guesses.
+            num_guesses (`int`):
+                How many are to be verified.
+            num_masks (`int`):
+                Masks per block, possibly 0.
+            first_block (`int`):
+                The first of `token_ids` with a block of masks behind it; every later one has one too.
+
+        Returns:
+            `tuple`: logits `(num_guesses + 1, vocab_size)` that follow the last verified token and each guess, and states
+            `(num_tokens - first_block, num_masks, hidden_size)` of the masks.
+        """
+        num_tokens, past = token_ids.shape[0], self.length
+        plan = self._plan(num_tokens, first_block, num_masks, num_guesses, past)
+        total_masks = plan.mask_embeddings.shape[1]
+        embeddings = self.embeddings(token_ids[None])
+        if total_masks:
+            embeddings = torch.cat([embeddings, plan.mask_embeddings.to(embeddings.dtype)], dim=1)
+        with self.head.gate.open(total_masks):
+            outputs = self.model(
+                inputs_embeds=embeddings,
+                position_ids=self._positions(plan, past),
+                attention_mask=self._attention(plan, past),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=plan.logits_to_keep,
+            )
+        states, self.states = self.states, None
+        return outputs.logits[0], states[0, num_tokens:].unflatten(0, (-1, max(num_masks, 1)))
+
+    def crop(self, num_tokens: int) -> None:
+        """Removes this many entries from the end of the cache."""
+        self.cache.crop(-num_tokens)
+
+    def begin(self) -> torch.utils.hooks.RemovableHandle:
+        """
+        To be called behind prefill and before the first step: from here on the cache can be cropped, and every pass
+        leaves the states behind the final norm, which the output embedding consumes. Remove the handle when done.
+        """
+        self.cache.activate_past_recording()
+
+        def capture(module: torch.nn.Module, args: Any, output: Any) -> None:
+            self.states = output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+        return self.model.get_decoder().register_forward_hook(capture)
+
+    def _plan(self, num_tokens: int, first_block: int, num_masks: int, num_guesses: int, past: int) -> _Plan:
+        key = (num_tokens, first_block, num_masks)
+        plan = self.plans.get(key)
+        if plan is None or plan.capacity < past:
+            plan = self.plans[key] = self._make_plan(num_tokens, first_block, num_masks, num_guesses, past)
+        return plan
+
+    def _make_plan(self, num_tokens: int, first_block: int, num_masks: int, num_guesses: int, past: int) -> _Plan:
+        device = self.embeddings.weight.device
+        blocks = torch.arange(first_block if num_masks else num_tokens, num_tokens, device=device)
+        slots = layout.tokens(0, num_tokens, device) + layout.masks_behind(blocks, num_masks)
+        capacity = max(2 * past, 256) if past else 0
+        keys = layout.tokens(-capacity, 0, device) + slots
+        attention = {
+            pattern: self._as_attention_mask(layout.visible(slots, keys, window))
+            for pattern, window in self.patterns.items()
+        }
+        vectors = self.head.lora_mask_vectors[self.adapter][:num_masks]
+        return _Plan(
+            slots=slots,
+            position=slots.position[None],
+            last_position=int(slots.position.max()),
+            logits_to_keep=torch.arange(num_tokens - num_guesses - 1, num_tokens, device=device),
+            mask_embeddings=vectors.repeat(len(blocks), 1)[None],
+            attention=attention,
+            capacity=capacity,
+        )
+
+    def _as_attention_mask(self, allowed: torch.Tensor) -> torch.Tensor:
+        if self.additive_masks:
+            # Eager attention adds its mask: a boolean one would be taken for zeros and ones, silently.
+            dtype = self.model.dtype
+            return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+                ~allowed, torch.finfo(dtype).min
+            )[None, None]
+        return allowed[None, None]
+
+    def _attention(self, plan: _Plan, past: int) -> torch.Tensor | dict[str | None, torch.Tensor]:
+        """The last columns of the plan's masks, one for each key that the cache layer will hand to attention."""
+        masks = {}
+        for pattern, mask in plan.attention.items():
+            layer = 0 if pattern is None else self.layer_types.index(pattern)
+            num_keys, offset = self.cache.get_mask_sizes(mask.shape[-2], layer)
+            mask = mask[..., mask.shape[-1] - num_keys :]
+            hidden = self.num_padding - offset
+            if hidden > 0:
+                mask = mask.clone()
+                mask[..., :hidden] = torch.finfo(mask.dtype).min if self.additive_masks else False
+            masks[pattern] = mask
+        # A model with one kind of layers takes the mask itself, a mixed one a mask for each kind.
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    @property
+    def layer_types(self) -> list[str]:
+        return self.model.config.get_text_config(decoder=True).layer_types
+
+    def _positions(self, plan: _Plan, past: int) -> torch.Tensor:
+        start = past - self.num_padding
+        positions = plan.position + start
+        if self.max_position is not None and start + plan.last_position >= self.max_position:
+            # Tokens keep their positions, as in plain decoding. Masks that would stand behind the last position share
+            # it: a learned table has no entry there, and dynamic rope would change its frequencies for everyone.
+            limit = max(self.max_position - 1, start + int(plan.slots.block.max()))
+            positions = torch.where(plan.slots.is_mask[None], positions.clamp(max=limit), positions)
+        return positions
+
+
+def attention_patterns(config: Any) -> dict[str | None, int | None]:
+    """Kinds of attention layers, each with its window; the key is None where a model has one kind without a name."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return {None: getattr(config, "sliding_window", None)}
+    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+    unknown = sorted(set(layer_types) - windows.keys())
+    if unknown:
+        raise ValueError(
+            f"Multi-token decoding needs layers of full or sliding attention; {config.model_type} has {unknown}. "
+            "Generate inside `with model.disable_adapter():`."
+        )
+    return {kind: windows[kind] for kind in sorted(set(layer_types))}
+
+
+def _check_supported(config: Any, cache: Cache) -> None:
+    if config._attn_implementation not in SUPPORTED_ATTENTION:
+        raise ValueError(
+            f"Multi-token decoding needs an attention that takes any mask; the model uses "
+            f"'{config._attn_implementation}'. Load it with attn_implementation='sdpa' or 'eager'."
+        )
+    if not isinstance(cache, DynamicCache) or not cache.is_croppable:
+        raise ValueError(
+            f"Multi-token decoding needs a cache that can be cropped, got {type(cache).__name__}. Leave "
+            "`cache_implementation` at its default, or pass a DynamicCache."
+        )
+
+
+class Emitter:
+    """
+    Turns logits and guesses into output, token by token, exactly as plain greedy decoding would: processors, stopping
+    criteria, scores and streamer see every token once and in order, and nothing behind the token that stops.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(1, prompt_length)`):
+            The prompt.
+        logits_processor ([`~transformers.LogitsProcessorList`]), stopping_criteria ([`~transformers.StoppingCriteriaList`]):
+            As prepared by `generate`.
+        streamer ([`~transformers.generation.BaseStreamer`], *optional*):
+            Receives each token.
+        keep_scores (`bool`), keep_logits (`bool`):
+            Whether to collect processed and raw logits.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        keep_scores: bool,
+        keep_logits: bool,
+    ):
+        self.prompt, self.tokens = input_ids, []
+        self.processor, self.streamer = logits_processor, streamer
+        self.scores: tuple[torch.Tensor, ...] | None = () if keep_scores else None
+        self.logits: tuple[torch.Tensor, ...] | None = () if keep_logits else None
+        self.finished = False
+        self.ends = {
+            token for c in stopping_criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.tolist()
+        }
+        lengths = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
+        self.max_new_tokens = min(lengths) - input_ids.shape[1] if lengths else None
+        self.criteria = StoppingCriteriaList(
+            c for c in stopping_criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))
+        )
+        # Most calls need neither processors nor scores nor criteria of their own: one argmax serves the whole step.
+        self.needs_rows = bool(len(logits_processor)) or keep_scores or keep_logits
+        self.sequence = input_ids if self.needs_rows or len(self.criteria) else None
+
+    @property
+    def remaining(self) -> int | None:
+        """How many tokens may still be emitted."""
+        return None if self.max_new_tokens is None else self.max_new_tokens - len(self.tokens)
+
+    def accept(self, logits: torch.Tensor, guesses: list[int]) -> int:
+        """
+        Emits the guesses that the model confirms and the token that it says itself behind them.
+
+        Args:
+            logits (`torch.Tensor` of shape `(len(guesses) + 1, vocab_size)`):
+                What the model says behind the last verified token and behind each guess.
+            guesses (`list[int]`):
+                The guesses.
+
+        Returns:
+            `int`: the number of guesses emitted; one more token was emitted behind them.
+        """
+        choices = None if self.needs_rows else logits.argmax(dim=-1).tolist()
+        for index in range(len(guesses) + 1):
+            token = self._choose(logits[index : index + 1]) if choices is None else choices[index]
+            self._emit(token)
+            if self.finished or index == len(guesses) or guesses[index] != token:
+                break
+        return index
+
+    def _choose(self, row: torch.Tensor) -> int:
+        raw = row.to(copy=True, dtype=torch.float32, device=self.prompt.device)
+        processed = self.processor(self.sequence, raw)
+        if self.scores is not None:
+            self.scores += (processed,)
+        if self.logits is not None:
+            self.logits += (raw,)
+        return int(processed.argmax(dim=-1))
+
+    def _emit(self, token: int) -> None:
+        self.tokens.append(token)
+        self.finished = token in self.ends or self.remaining == 0
+        if self.sequence is not None:
+            self.sequence = torch.cat([self.sequence, self.sequence.new_tensor([[token]])], dim=-1)
+            if len(self.criteria):
+                self.finished |= bool(self.criteria(self.sequence, self.scores).all())
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor([token]))
+
+    def sequences(self) -> torch.Tensor:
+        """Prompt and output, `(1, length)`."""
+        return torch.cat([self.prompt, self.prompt.new_tensor([self.tokens])], dim=-1)

@@ -1,0 +1,350 @@
+"""Speculative decoding with mask tokens, as a strategy of transformers' `generate`."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .decoding import Emitter, SpeculativeForward
+
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers.generation import BaseStreamer
+
+
+STRATEGIES = ("quadratic", "linear")
+OPTIONS = ("num_speculative_tokens", "speculation_strategy", "use_sampler")
+# Up to this length the first step takes the whole prompt, which saves a forward pass; a longer prompt goes through the
+# model's own causal attention, which needs no mask of prompt length squared.
+LONGEST_PROMPT_IN_FIRST_STEP = 512
+
+
+@dataclass
+class MtpGenerateOutput(GenerateDecoderOnlyOutput):
+    """
+    What plain `generate` returns, and how it came about.
+
+    Args:
+        num_steps (`torch.LongTensor` of shape `(batch_size,)`):
+            Forward passes of the model that emitted tokens.
+        tokens_per_step (`torch.FloatTensor` of shape `(batch_size,)`):
+            New tokens divided by `num_steps`: between 1 and `num_speculative_tokens + 1`, the paper's acceptance rate.
+        step_lengths (`list[list[int]]`):
+            For each sequence, the number of tokens that each step emitted.
+    """
+
+    num_steps: torch.LongTensor | None = None
+    tokens_per_step: torch.FloatTensor | None = None
+    step_lengths: list[list[int]] | None = None
+
+
+@dataclass(frozen=True)
+class SpeculationOptions:
+    """
+    How to speculate.
+
+    Args:
+        num_speculative_tokens (`int`):
+            Guesses per step.
+        speculation_strategy (`str`):
+            `"quadratic"` or `"linear"`.
+        use_sampler (`bool`):
+            Whether the sampler head makes the guesses, or the output embedding alone.
+    """
+
+    num_speculative_tokens: int
+    speculation_strategy: str = "quadratic"
+    use_sampler: bool = True
+
+    @classmethod
+    def resolve(
+        cls, num_masks: int, generation_config: GenerationConfig, call_options: dict[str, Any]
+    ) -> SpeculationOptions:
+        """
+        Options of the call, else those stored in `generation_config`, else the defaults.
+
+        Raises:
+            ValueError: naming the option, its value and what is possible.
+        """
+        chosen = {"num_speculative_tokens": num_masks}
+        for name in OPTIONS:
+            for value in (getattr(generation_config, name, None), call_options.get(name)):
+                if value is not None:
+                    chosen[name] = value
+        options = cls(**chosen)
+        count = options.num_speculative_tokens
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= num_masks:
+            raise ValueError(
+                f"`num_speculative_tokens` must be an integer from 1 to the adapter's `num_masks` of {num_masks}, got "
+                f"{count!r}. For plain decoding generate inside `with model.disable_adapter():`."
+            )
+        if options.speculation_strategy not in STRATEGIES:
+            raise ValueError(
+                f"`speculation_strategy` must be one of {list(STRATEGIES)}, got {options.speculation_strategy!r}."
+            )
+        return options
+
+
+class MtpGenerationMixin(GenerationMixin):
+    """
+    `generate` with multi-token prediction (https://huggingface.co/papers/2507.11851, section 2.4).
+
+    Injecting a gated LoRA adapter gives its base model this mixin, so `model.generate(...)` speculates by itself and
+    greedy output stays the base model's, token for token. While no such adapter is active, or adapters are disabled, it
+    is plain `generate`; so are beam search and transformers' own assisted decoding.
+
+    Three arguments are added to `generate`, and are read from `model.generation_config` where a call doesn't give them:
+
+    Args:
+        num_speculative_tokens (`int`, *optional*, defaults to the adapter's `num_masks`):
+            Guesses per step.
+        speculation_strategy (`str`, *optional*, defaults to `"quadratic"`):
+            `"quadratic"` places masks behind every guess, so that the next step always has its guesses; `"linear"`
+            places them behind the last guess only, which is cheaper and useless unless all guesses are right. Quadratic
+            emits more tokens per step; where a pass over `(num_speculative_tokens + 1) ** 2` positions is much dearer
+            than one over `2 * num_speculative_tokens + 1`, linear or fewer guesses can be faster.
+        use_sampler (`bool`, *optional*, defaults to `True`):
+            Whether the sampler head makes the guesses, or the output embedding alone.
+
+    Example:
+
+    ```python
+    >>> import hf_ext
+    >>> from peft import AutoPeftModelForCausalLM
+    >>> from transformers import AutoTokenizer
+
+    >>> folder = hf_ext.shipped_model("tiny-lm-mtp")
+    >>> model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    >>> tokenizer = AutoTokenizer.from_pretrained(folder)
+    >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
+    >>> out = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=True)
+    >>> float(out.tokens_per_step[0]) > 1
+    True
+    ```
+    """
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        # The strategy as a callable would lose streamer and tokenizer on its way through `generate`; as this model's
+        # own decoding method it keeps them.
+        if kwargs.get("custom_generate") is mtp_generate:
+            del kwargs["custom_generate"]
+        return super().generate(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs({name: v for name, v in model_kwargs.items() if name not in OPTIONS})
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        call_options = {name: model_kwargs.pop(name, None) for name in OPTIONS}
+        adapter = active_mtp_adapter(self)
+        if adapter is None:
+            given = {name: value for name, value in call_options.items() if value is not None}
+            if given:
+                raise ValueError(f"{given} were given, but no multi-token adapter is active: enable one, or leave them.")
+            return super()._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        num_masks = self.mtp_head.lora_mask_vectors[adapter].shape[0]
+        options = SpeculationOptions.resolve(num_masks, generation_config, call_options)
+        _check_call(input_ids, generation_config, synced_gpus, model_kwargs)
+        emitter = Emitter(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            streamer,
+            keep_scores=bool(generation_config.return_dict_in_generate and generation_config.output_scores),
+            keep_logits=bool(generation_config.return_dict_in_generate and generation_config.output_logits),
+        )
+        forward = SpeculativeForward(
+            self, adapter, model_kwargs["past_key_values"], _num_left_padding(model_kwargs.get("attention_mask"))
+        )
+        step_lengths = _speculate(forward, emitter, options, generation_config.prefill_chunk_size)
+        if streamer is not None:
+            streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return emitter.sequences()
+        return MtpGenerateOutput(
+            sequences=emitter.sequences(),
+            scores=emitter.scores,
+            logits=emitter.logits,
+            past_key_values=forward.cache,
+            num_steps=torch.tensor([len(step_lengths)]),
+            tokens_per_step=torch.tensor([len(emitter.tokens) / len(step_lengths)]),
+            step_lengths=[step_lengths],
+        )
+
+
+def mtp_generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    num_speculative_tokens: int | None = None,
+    speculation_strategy: str | None = None,
+    use_sampler: bool | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """
+    The strategy as a callable: `model.generate(**inputs, custom_generate=mtp_generate)` on a model with a gated LoRA
+    adapter injected. See [`MtpGenerationMixin`] for the arguments; they are the same.
+
+    Raises:
+        ValueError: if the model carries no such adapter.
+    """
+    if not isinstance(model, MtpGenerationMixin):
+        raise ValueError(
+            f"{type(model).__name__} carries no multi-token adapter: load one with `model.load_adapter(...)` or "
+            "`PeftModel.from_pretrained(model, ...)`."
+        )
+    return MtpGenerationMixin._sample(
+        model,
+        input_ids,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        num_speculative_tokens=num_speculative_tokens,
+        speculation_strategy=speculation_strategy,
+        use_sampler=use_sampler,
+        **model_kwargs,
+    )
+
+
+@torch.no_grad()
+def _speculate(
+    forward: SpeculativeForward, emitter: Emitter, options: SpeculationOptions, prefill_chunk_size: int | None
+) -> list[int]:
+    """The loop: lay out, run, accept, crop, draft. Returns the number of tokens that each step emitted."""
+    model, head, adapter = forward.model, forward.head, forward.adapter
+    embeddings, unembed = model.get_input_embeddings(), model.get_output_embeddings()
+    device = model.device
+
+    token_ids = emitter.prompt[0, forward.length :].to(device)
+    if len(token_ids) > LONGEST_PROMPT_IN_FIRST_STEP or prefill_chunk_size is not None:
+        forward.prefill(token_ids[None, :-1], prefill_chunk_size)
+        token_ids = token_ids[-1:]
+    guesses: list[int] = []
+    step_lengths: list[int] = []
+
+    handle = forward.begin()
+    try:
+        while not emitter.finished:
+            # A step emits at least one token, and the last one needs no guess: never draft past the limit.
+            num_masks = options.num_speculative_tokens
+            if emitter.remaining is not None:
+                num_masks = max(0, min(num_masks, emitter.remaining - 2))
+            num_tokens = len(token_ids)
+            first_block = num_tokens - 1
+            if options.speculation_strategy == "quadratic":
+                first_block -= len(guesses)
+            logits, mask_states = forward(token_ids, len(guesses), num_masks, first_block)
+
+            num_accepted = emitter.accept(logits, guesses)
+            step_lengths.append(num_accepted + 1)
+            num_rejected = len(guesses) - num_accepted
+            num_blocks = num_tokens - first_block
+            forward.crop(num_rejected + num_blocks * num_masks)
+            if emitter.finished:
+                break
+
+            last_token = torch.tensor([emitter.tokens[-1]], device=device)
+            # The block behind the last token that stands. In linear decoding only the last guess has one.
+            block = num_blocks - 1 - num_rejected
+            guesses = []
+            if num_masks and block >= 0:
+                states = mask_states[block]
+                if options.use_sampler:
+                    drafted = head.draft(adapter, last_token, states, embeddings, unembed)
+                else:
+                    drafted = unembed(states).argmax(dim=-1)
+                if emitter.remaining is not None:
+                    drafted = drafted[: emitter.remaining - 1]
+                guesses = drafted.tolist()
+                last_token = torch.cat([last_token, drafted])
+            token_ids = last_token
+    finally:
+        handle.remove()
+    return step_lengths
+
+
+def active_mtp_adapter(model: PreTrainedModel) -> str | None:
+    """Name of the gated LoRA adapter in use on `model`, or None if there is none or adapters are disabled."""
+    head = getattr(model, "mtp_head", None)
+    if head is None or head.disable_adapters:
+        return None
+    return next((name for name in head.active_adapters if name in head.lora_mask_vectors), None)
+
+
+def _check_call(
+    input_ids: torch.Tensor, generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
+) -> None:
+    """Refuses what would give other output than plain decoding, or none."""
+    plain = "For plain decoding generate inside `with model.disable_adapter():`."
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"Multi-token decoding takes one sequence per call so far, got a batch of {input_ids.shape[0]}. {plain}")
+    if generation_config.do_sample:
+        raise ValueError(f"Multi-token decoding is greedy so far, got `do_sample=True`. {plain}")
+    if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("The prompt must be at least one token id: `input_ids` is empty or `inputs_embeds` was given.")
+    if synced_gpus:
+        raise ValueError(f"Multi-token decoding can't run with `synced_gpus=True` (ZeRO-3 or FSDP). {plain}")
+    if model_kwargs.get("past_key_values") is None:
+        raise ValueError(f"Multi-token decoding needs a cache, got `use_cache=False`. {plain}")
+    for name in ("output_attentions", "output_hidden_states"):
+        if generation_config.return_dict_in_generate and getattr(generation_config, name):
+            raise ValueError(f"`{name}=True`: a step has masks and rejected guesses in them. {plain}")
+
+
+def _num_left_padding(attention_mask: torch.Tensor | None) -> int:
+    if attention_mask is None:
+        return 0
+    row = attention_mask[0].bool()
+    num_padding = int((~row).sum())
+    if row[:num_padding].any():
+        raise ValueError(
+            "`attention_mask` has zeros behind the start of the prompt: pad on the left (`tokenizer.padding_side = "
+            "'left'`), since the first new token continues the last position."
+        )
+    return num_padding
+
+
+@functools.cache
+def _with_mtp_generation(model_class: type) -> type:
+    # Under the same name, which `save_pretrained` writes into config.json.
+    return type(
+        model_class.__name__,
+        (MtpGenerationMixin, model_class),
+        {"__module__": model_class.__module__, "__doc__": model_class.__doc__},
+    )
+
+
+def add_mtp_generation(model: PreTrainedModel) -> None:
+    """Gives a model [`MtpGenerationMixin`]: `generate` looks its decoding methods up in the class."""
+    if not isinstance(model, MtpGenerationMixin):
+        model.__class__ = _with_mtp_generation(type(model))
+
+
+def remove_mtp_generation(model: PreTrainedModel) -> None:
+    """Takes it away again."""
+    if isinstance(model, MtpGenerationMixin):
+        model.__class__ = type(model).__mro__[2]

@@ -1,0 +1,189 @@
+"""Training text in the model's own words: greedy or sampled completions of given prompts, batched and resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def generate_completions(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[list[int]],
+    *,
+    output_file: str | os.PathLike[str] | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    disable_tqdm: bool = False,
+    **generate_kwargs: Any,
+) -> Dataset:
+    """
+    Completes every prompt with the model itself and returns the result as a dataset that [`MtpTrainer`] takes as it is.
+
+    A drafter is accepted when it agrees with the model, so the model's own completions are better training text than
+    any other: in a pilot on a small story model they were worth more than a fourfold longer training.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The base model, without an adapter or with its adapters disabled.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer; only the padding token is used when the prompts are token ids.
+        prompts (`Sequence[str]` or `Sequence[list[int]]`):
+            Prompts as text or as token ids. An empty prompt is refused.
+        output_file (`str` or `os.PathLike`, *optional*):
+            A JSON-lines file that grows batch by batch. Called again with the same arguments, finished batches are
+            read from it and the rest is generated; the result is the same as that of an uninterrupted run.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Prompts per call of `generate`. Prompts of like length share a batch.
+        seed (`int`, *optional*, defaults to `0`):
+            Seeds each batch on its own, so that sampled text does not depend on where a run was interrupted.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Hides the progress bar.
+        generate_kwargs:
+            Handed to `generate`: `max_new_tokens=256, do_sample=True, temperature=0.8, ...`. Greedy by default.
+
+    Returns:
+        [`~datasets.Dataset`]: in the order of `prompts`, with the columns `input_ids` (prompt and completion) and
+        `completion_mask` (0 on the prompt, 1 on the completion).
+
+    Raises:
+        ValueError: if `prompts` is empty or holds an empty prompt, if `batch_size` is not positive, or if
+            `output_file` was written with other arguments.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> from hf_ext import generate_completions, shipped_model
+
+    >>> folder = shipped_model("tiny-lm")
+    >>> model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    >>> dataset = generate_completions(model, tokenizer, ["Once upon a time", "The cat"], max_new_tokens=8)
+    >>> dataset.column_names
+    ['input_ids', 'completion_mask']
+    ```
+    """
+    from datasets import Dataset
+
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    prompt_ids = _tokenized(processing_class, prompts)
+    batches = _batches_of_like_length(prompt_ids, batch_size)
+    digest = hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()[:16]
+    done = _Journal.open(output_file, {"prompts": digest, "batch_size": batch_size, "seed": seed, **generate_kwargs})
+    generate_kwargs = {"do_sample": False, **generate_kwargs}
+
+    completions: dict[int, list[int]] = {}
+    was_training = model.training
+    model.eval()
+    progress = tqdm(total=len(prompt_ids), desc="Generating completions", unit="prompt", disable=disable_tqdm)
+    for number, indices in enumerate(batches):
+        if number not in done.batches:
+            rows = _complete(model, processing_class, [prompt_ids[i] for i in indices], seed + number, generate_kwargs)
+            done.add(number, rows)
+        completions.update(zip(indices, done.batches[number], strict=True))
+        progress.update(len(indices))
+    progress.close()
+    model.train(was_training)
+
+    return Dataset.from_dict(
+        {
+            "input_ids": [prompt + completions[i] for i, prompt in enumerate(prompt_ids)],
+            "completion_mask": [[0] * len(prompt) + [1] * len(completions[i]) for i, prompt in enumerate(prompt_ids)],
+        }
+    )
+
+
+def _tokenized(processing_class: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
+    if len(prompts) == 0:
+        raise ValueError("`prompts` is empty: nothing to complete.")
+    if isinstance(prompts[0], str):
+        prompts = processing_class(list(prompts))["input_ids"]
+    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+    if empty:
+        raise ValueError(f"`prompts` holds empty prompts at {empty[:8]}: give each at least one token.")
+    return [list(prompt) for prompt in prompts]
+
+
+def _batches_of_like_length(prompt_ids: list[list[int]], batch_size: int) -> list[list[int]]:
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _complete(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    seed: int,
+    generate_kwargs: dict[str, Any],
+) -> list[list[int]]:
+    """One batch: left-padded prompts in, the new tokens of each row up to and including its end token out."""
+    width = max(map(len, prompts))
+    pad = processing_class.pad_token_id if processing_class.pad_token_id is not None else 0
+    input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        sequences = model.generate(
+            input_ids=input_ids, attention_mask=attention_mask, pad_token_id=pad, **generate_kwargs
+        )
+    ends = generate_kwargs.get("eos_token_id", model.generation_config.eos_token_id)
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    return [_through_first(row, ends) for row in sequences[:, width:].tolist()]
+
+
+def _through_first(tokens: list[int], ends: set[int | None]) -> list[int]:
+    for i, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: i + 1]
+    return tokens
+
+
+class _Journal:
+    """Finished batches, in memory and, where a file is given, as one line each behind a line with the arguments."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.batches: dict[int, list[list[int]]] = {}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str] | None, arguments: dict[str, Any]) -> _Journal:
+        journal = cls(None if path is None else Path(path))
+        if journal.path is None:
+            return journal
+        header = json.dumps(arguments, sort_keys=True, default=str)
+        if journal.path.exists():
+            complete_lines = [line for line in journal.path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+            if not complete_lines or complete_lines[0].strip() != header:
+                found = complete_lines[0].strip() if complete_lines else "nothing readable"
+                raise ValueError(
+                    f"`output_file` {journal.path} was written with other arguments ({found}) than now ({header}): "
+                    "name another file, or delete it to start again."
+                )
+            # A run that was killed while writing leaves half a line, which must not be glued to the next one.
+            journal.path.write_text("".join(complete_lines))
+            for line in complete_lines[1:]:
+                row = json.loads(line)
+                journal.batches[row["batch"]] = row["completions"]
+        else:
+            journal.path.parent.mkdir(parents=True, exist_ok=True)
+            journal.path.write_text(header + "\n")
+        return journal
+
+    def add(self, number: int, completions: list[list[int]]) -> None:
+        self.batches[number] = completions
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"batch": number, "completions": completions}) + "\n")

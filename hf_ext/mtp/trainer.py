@@ -1,0 +1,249 @@
+"""Training of mask vectors, gated LoRA and sampler head."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+
+from .configuration import GatedLoraConfig
+from .gated_lora import GatedLoraModel
+from .losses import IGNORE_INDEX, leading_agreement
+from .trainer_config import MtpConfig
+from .two_pass import MtpForwardOutput, mask_labels
+
+
+class MtpTrainer(SFTTrainer):
+    """
+    Trains a gated LoRA adapter to guess several tokens ahead (https://huggingface.co/papers/2507.11851, section 2.5).
+
+    Data, collation, distribution, checkpoints and logging are [`~trl.SFTTrainer`]'s: any text, prompt-completion or
+    conversational dataset works, and completion-only and assistant-only losses place masks where they place labels. The best text is the
+    model's own, see [`generate_completions`].
+
+    It logs, beside the losses, `agreement_j`, the share of masks in slot `j` where the sampler says what the base model
+    says, and `expected_tokens_per_step`, one plus the number of guesses right in a row; an evaluation also decodes
+    prompts and logs `eval_decoded_tokens_per_step`.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The base model, or one that carries a gated LoRA adapter already.
+        args ([`MtpConfig`], *optional*):
+            Settings.
+        peft_config ([`GatedLoraConfig`], *optional*):
+            The adapter to make; by default one with default settings unless `model` has one.
+        train_dataset, eval_dataset, processing_class, callbacks, optimizers and the rest:
+            As in [`~trl.SFTTrainer`].
+
+    Raises:
+        TypeError: for a configuration of another PEFT method.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> from hf_ext import GatedLoraConfig, MtpConfig, MtpTrainer, shipped_model
+
+    >>> folder = shipped_model("tiny-lm")
+    >>> model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    >>> trainer = MtpTrainer(
+    ...     model=model,
+    ...     args=MtpConfig(output_dir="adapter", max_steps=1, report_to="none", bf16=False),
+    ...     train_dataset=Dataset.from_dict({"text": ["Once upon a time there was a cat."]}),
+    ...     processing_class=tokenizer,
+    ...     peft_config=GatedLoraConfig(num_masks=4),
+    ... )
+    >>> output = trainer.train()  # doctest: +SKIP
+    ```
+    """
+
+    _tag_names = ["trl", "mtp", "hf-ext", "speculative-decoding"]
+    _name = "MTP"
+    _paper = {
+        "title": "Your LLM Knows the Future: Uncovering Its Multi-Token Prediction Potential",
+        "id": "2507.11851",
+        "citation": (
+            "@article{samragh2025your,\n"
+            "    title   = {{Your LLM Knows the Future: Uncovering Its Multi-Token Prediction Potential}},\n"
+            "    author  = {Mohammad Samragh and Arnav Kundu and David Harrison and Kumari Nishu and Devang Naik and "
+            "Minsik Cho and Mehrdad Farajtabar},\n"
+            "    year    = 2025,\n"
+            "    journal = {arXiv preprint arXiv:2507.11851}\n"
+            "}"
+        ),
+    }
+    # The losses are sums divided by the number of masks in the whole step, on all processes.
+    loss_is_scaled_for_ga = True
+
+    args: MtpConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: MtpConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            args = MtpConfig("mtp-adapter")
+        if not isinstance(args, MtpConfig):
+            raise TypeError(f"`args` must be an MtpConfig, got {type(args).__name__}.")
+        carries_adapter = isinstance(model, PeftModel)
+        if peft_config is None and not carries_adapter:
+            peft_config = GatedLoraConfig()
+        if peft_config is not None and not isinstance(peft_config, GatedLoraConfig):
+            raise TypeError(f"`peft_config` must be a GatedLoraConfig, got {type(peft_config).__name__}.")
+        if carries_adapter and not isinstance(model.base_model, GatedLoraModel):
+            raise TypeError(f"`model` carries a {type(model.base_model).__name__}; masks need a gated LoRA adapter.")
+        columns = getattr(train_dataset, "column_names", None) or []
+        if args.completion_only_loss is None and "completion_mask" in columns:
+            args.completion_only_loss = True
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self.num_masks = self._tuned.peft_config[self._tuned.active_adapters[0]].num_masks
+
+    @property
+    def _tuned(self) -> GatedLoraModel:
+        return self.accelerator.unwrap_model(self.model).base_model
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
+        """Draws the anchors of the step and counts the masks that have a label, over all micro-batches and processes."""
+        count = torch.zeros((), device=device)
+        for batch in batch_samples:
+            batch["mtp_anchors"] = self._draw_anchors(batch, self.state.global_step)
+            labels = mask_labels(batch["labels"], batch["mtp_anchors"], self.num_masks)[..., 1:]
+            count += (labels != IGNORE_INDEX).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count
+
+    def _draw_anchors(self, inputs: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+        """
+        A random subset of the tokens that predict a label, in each row. It depends on the text of the row, the step and
+        the seed alone, so that it is the same however rows are spread over micro-batches, processes and resumed runs.
+        """
+        rows = []
+        for ids, labels, seen in zip(
+            inputs["input_ids"].cpu(), inputs["labels"].cpu(), inputs["attention_mask"].cpu(), strict=True
+        ):
+            candidates = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(-1)
+            generator = torch.Generator().manual_seed(
+                zlib.crc32(ids[seen.bool()].numpy().tobytes()) ^ (self.args.seed * 1_000_003 + step)
+            )
+            chosen = torch.randperm(len(candidates), generator=generator)[: self.args.anchors_per_sequence]
+            rows.append(candidates[chosen].sort().values)
+        anchors = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+        if anchors.shape[1] == 0:
+            anchors = anchors.new_full((len(rows), 1), -1)
+        return anchors.to(inputs["input_ids"].device)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        mode = "train" if self.model.training else "eval"
+        anchors = inputs.get("mtp_anchors")
+        outputs: MtpForwardOutput = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=inputs["labels"],
+            mtp_anchors=self._draw_anchors(inputs, 0) if anchors is None else anchors,
+            soft_target_weight=self.args.soft_target_weight,
+            measure_agreement=mode == "eval" or self._logs_this_step(),
+            anchors_per_chunk=self.args.anchors_per_chunk if self.args.gradient_checkpointing else None,
+        )
+        sums = {
+            "base_loss": outputs.base_loss.sum(),
+            "sampler_loss": outputs.sampler_loss.sum() + outputs.token_sampler_loss.sum(),
+            "consistency_loss": outputs.consistency_loss.sum(),
+        }
+        num_masks = (outputs.valid.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+        loss = sum(getattr(self.args, f"{name}_weight") * value for name, value in sums.items()) / num_masks
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # DDP averages gradients over processes, and the number of masks is that of all of them.
+            loss = loss * self.accelerator.num_processes
+        self._record(mode, inputs, outputs, sums)
+        return (loss, outputs) if return_outputs else loss
+
+    def _logs_this_step(self) -> bool:
+        return (self.state.global_step + 1) % max(1, self.state.logging_steps or 1) == 0
+
+    @torch.no_grad()
+    def _record(
+        self, mode: str, inputs: dict[str, torch.Tensor], outputs: MtpForwardOutput, sums: dict[str, torch.Tensor]
+    ) -> None:
+        metrics = self._metrics[mode]
+        gather = self.accelerator.gather_for_metrics
+        valid = outputs.valid.sum((0, 1))
+        totals = gather(torch.stack([value.detach() for value in sums.values()] + [valid.sum().float()])[None]).sum(0)
+        for name, total in zip(sums, totals, strict=False):
+            metrics[name].append((total / totals[-1].clamp(min=1)).item())
+        if outputs.sampler_agrees is not None:
+            complete = outputs.valid.all(-1)
+            steps = (1 + leading_agreement(outputs.sampler_agrees)) * complete
+            counts = torch.cat([outputs.sampler_agrees.sum((0, 1)), valid, steps.sum()[None], complete.sum()[None]])
+            counts = gather(counts[None]).sum(0).float()
+            agrees, valid, (steps, complete) = counts.split([self.num_masks, self.num_masks, 2])
+            for slot, share in enumerate((agrees / valid.clamp(min=1)).tolist(), start=1):
+                metrics[f"agreement_{slot}"].append(share)
+            if complete > 0:
+                metrics["expected_tokens_per_step"].append((steps / complete).item())
+        if mode == "train":
+            self._total_train_tokens += gather(inputs["attention_mask"].sum()).sum().item()
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.args.eval_decoding_prompts and hasattr(dataset, "select"):
+            figure = self._decode(dataset)
+            if figure is not None:
+                self._metrics["eval"]["decoded_tokens_per_step"] = [figure]
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _decode(self, dataset: Any) -> float | None:
+        """Tokens per step over the first prompts of a prepared dataset, by the decoding that users get."""
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        tokens = steps = 0
+        for row in dataset.select(range(min(self.args.eval_decoding_prompts, len(dataset)))):
+            if "input_ids" not in row:
+                return None
+            first_label = next((i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX), 0)
+            prompt = row["input_ids"][: first_label or self.args.eval_prompt_length]
+            input_ids = torch.tensor([prompt], device=self.args.device)
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=self.args.eval_decoding_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
+            tokens += output.sequences.shape[1] - len(prompt)
+            steps += int(output.num_steps)
+        model.train(was_training)
+        return tokens / steps if steps else None
