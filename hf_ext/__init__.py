@@ -1,0 +1,71 @@
+"""
+`hf_ext`: multi-token prediction adapters, dynamic compute and text-defined keyword spotting on the Hugging Face stack.
+
+Importing the package registers its methods with the libraries underneath and loads nothing heavy: every public name is
+imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_ext._extras import missing_extra
+from hf_ext.registration import register
+
+
+if TYPE_CHECKING:
+    from hf_ext.assets import shipped_model
+    from hf_ext.mtp.configuration import GatedLoraConfig
+    from hf_ext.mtp.gated_lora import GatedLoraModel
+    from hf_ext.mtp.generation import MtpGenerateOutput, MtpGenerationMixin, mtp_generate
+    from hf_ext.mtp.on_policy import generate_completions
+    from hf_ext.mtp.trainer import MtpTrainer
+    from hf_ext.mtp.trainer_config import MtpConfig
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GatedLoraConfig",
+    "GatedLoraModel",
+    "MtpConfig",
+    "MtpGenerateOutput",
+    "MtpGenerationMixin",
+    "MtpTrainer",
+    "generate_completions",
+    "mtp_generate",
+    "shipped_model",
+]
+
+_MODULE_OF_NAME = {
+    "GatedLoraConfig": "hf_ext.mtp.configuration",
+    "GatedLoraModel": "hf_ext.mtp.gated_lora",
+    "MtpConfig": "hf_ext.mtp.trainer_config",
+    "MtpGenerateOutput": "hf_ext.mtp.generation",
+    "MtpGenerationMixin": "hf_ext.mtp.generation",
+    "MtpTrainer": "hf_ext.mtp.trainer",
+    "generate_completions": "hf_ext.mtp.on_policy",
+    "mtp_generate": "hf_ext.mtp.generation",
+    "shipped_model": "hf_ext.assets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
+    except Exception as error:
+        replacement = missing_extra(error, needed_by=f"`hf_ext.{name}`")
+        if replacement is None:
+            raise
+        raise replacement from error
+    # From here on the name is an ordinary attribute and this function is not asked again.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register()

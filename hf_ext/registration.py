@@ -1,0 +1,76 @@
+"""
+The only place that touches the tables of the libraries underneath.
+
+PEFT has to know the method `GATED_LORA` as soon as both packages are imported, in whichever order. Importing PEFT takes
+seconds, so `import hf_ext` does not do it: it leaves a hook that runs when somebody imports PEFT, whether that is the
+user, transformers on meeting an adapter, or this package.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+
+def register() -> None:
+    """Leave the import hooks. They run at once for what is imported already."""
+    wrapt.register_post_import_hook(_when_peft_is_imported, "peft")
+    wrapt.register_post_import_hook(_when_mtp_is_imported, "hf_ext.mtp")
+
+
+def _when_peft_is_imported(_: ModuleType) -> None:
+    register_peft()
+
+
+def _when_mtp_is_imported(_: ModuleType) -> None:
+    # The modules of `hf_ext.mtp` import PEFT. If the first of them were what triggered PEFT's import, the hook would
+    # find that very module half executed. The package has run at this point and none of its modules has started.
+    importlib.import_module("peft")
+
+
+def register_peft() -> None:
+    """
+    Make PEFT know the method `GATED_LORA`. Imports PEFT; does nothing if the method is known already.
+
+    `peft.utils.register_peft_method` accepts only names that are members of `peft.PeftType`, and an enumeration can't
+    be extended by subclassing, so the member is added to it first.
+    """
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import register_peft_method
+
+    if "GATED_LORA" not in PeftType.__members__:
+        _add_str_enum_member(PeftType, "GATED_LORA")
+    if PeftType["GATED_LORA"] in PEFT_TYPE_TO_TUNER_MAPPING:
+        return
+
+    from hf_ext.mtp.configuration import GatedLoraConfig
+    from hf_ext.mtp.gated_lora import GatedLoraModel
+
+    # The prefix is LoRA's because the layers are LoRA's; AdaLoRA shares it in the same way.
+    register_peft_method(
+        name="gated_lora",
+        config_cls=GatedLoraConfig,
+        model_cls=GatedLoraModel,
+        prefix=GatedLoraModel.prefix,
+        is_mixed_compatible=False,
+    )
+
+
+def _add_str_enum_member(cls: Any, name: str) -> None:
+    """Add the member `name`, with its name as value, to an enumeration whose members are strings."""
+    member = str.__new__(cls, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = cls
+    member._sort_order_ = len(cls.__members__)
+    # The attribute comes first: an enumeration refuses to rebind the name of an existing member.
+    setattr(cls, name, member)
+    cls._member_names_.append(name)
+    cls._member_map_[name] = member
+    cls._value2member_map_[name] = member
+    # `value in cls` asks this list from Python 3.13 on.
+    hashable_values = cls.__dict__.get("_hashable_values_")
+    if hashable_values is not None:
+        hashable_values.append(name)
