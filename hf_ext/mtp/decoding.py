@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 
 SUPPORTED_ATTENTION = ("sdpa", "eager")
+# Shapes of steps whose masks are kept; each is some tens of rows of the length of the text.
+MOST_PLANS = 128
 
 
 @dataclass
@@ -60,9 +64,8 @@ class SpeculativeForward:
         self.head: MtpHead = model.mtp_head
         self.embeddings = model.get_input_embeddings()
         self.patterns = attention_patterns(config)
-        self.additive_masks = config._attn_implementation == "eager"
         self.max_position = getattr(config, "max_position_embeddings", None)
-        self.plans: dict[tuple[int, int, int], _Plan] = {}
+        self.plans: dict[tuple[int, int, int, tuple[int, ...]], _Plan] = {}
         self.states: torch.Tensor | None = None
         _check_supported(config, cache)
 
@@ -96,7 +99,7 @@ class SpeculativeForward:
             )
 
     def __call__(
-        self, token_ids: torch.Tensor, num_guesses: int, num_masks: int, first_block: int
+        self, token_ids: torch.Tensor, num_guesses: int, num_masks: int, blocks: tuple[int, ...]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -105,17 +108,17 @@ class SpeculativeForward:
             num_guesses (`int`):
                 How many are to be verified.
             num_masks (`int`):
-                Masks per block, possibly 0.
-            first_block (`int`):
-                The first of `token_ids` with a block of masks behind it; every later one has one too.
+                Masks per block.
+            blocks (`tuple[int, ...]`):
+                Which of `token_ids` have a block of masks behind them, in ascending order; possibly none.
 
         Returns:
             `tuple`: logits `(num_guesses + 1, vocab_size)` that follow the last verified token and each guess, and states
-            `(num_tokens - first_block, num_masks, hidden_size)` of the masks.
+            `(len(blocks), num_masks, hidden_size)` of the masks.
         """
         num_tokens, past = token_ids.shape[0], self.length
-        plan = self._plan(num_tokens, first_block, num_masks, num_guesses, past)
-        total_masks = plan.mask_embeddings.shape[1]
+        plan = self._plan(num_tokens, num_guesses, num_masks, blocks, past)
+        total_masks = len(blocks) * num_masks
         embeddings = self.embeddings(token_ids[None])
         if total_masks:
             embeddings = torch.cat([embeddings, plan.mask_embeddings.to(embeddings.dtype)], dim=1)
@@ -123,68 +126,65 @@ class SpeculativeForward:
             outputs = self.model(
                 inputs_embeds=embeddings,
                 position_ids=self._positions(plan, past),
-                attention_mask=self._attention(plan, past),
+                attention_mask=self._attention(plan),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=plan.logits_to_keep,
             )
         states, self.states = self.states, None
-        return outputs.logits[0], states[0, num_tokens:].unflatten(0, (-1, max(num_masks, 1)))
+        return outputs.logits[0], states[0, num_tokens:].view(len(blocks), num_masks, states.shape[-1])
 
     def crop(self, num_tokens: int) -> None:
         """Removes this many entries from the end of the cache."""
         self.cache.crop(-num_tokens)
 
-    def begin(self) -> torch.utils.hooks.RemovableHandle:
-        """
-        To be called behind prefill and before the first step: from here on the cache can be cropped, and every pass
-        leaves the states behind the final norm, which the output embedding consumes. Remove the handle when done.
-        """
-        self.cache.activate_past_recording()
+    @contextlib.contextmanager
+    def started(self) -> Iterator[None]:
+        """Entered behind prefill: from here on the cache can be cropped and every pass leaves its final states."""
 
-        def capture(module: torch.nn.Module, args: Any, output: Any) -> None:
+        def keep_states(module: torch.nn.Module, args: Any, output: Any) -> None:
             self.states = output[0] if isinstance(output, tuple) else output.last_hidden_state
 
-        return self.model.get_decoder().register_forward_hook(capture)
+        self.cache.activate_past_recording()
+        # The hook gets the states behind the final norm, which the output embedding consumes, of all positions; the
+        # model's own forward gives logits of some positions, with all that it does to them.
+        handle = self.model.get_decoder().register_forward_hook(keep_states)
+        try:
+            yield
+        finally:
+            handle.remove()
 
-    def _plan(self, num_tokens: int, first_block: int, num_masks: int, num_guesses: int, past: int) -> _Plan:
-        key = (num_tokens, first_block, num_masks)
+    def _plan(self, num_tokens: int, num_guesses: int, num_masks: int, blocks: tuple[int, ...], past: int) -> _Plan:
+        key = (num_tokens, num_guesses, num_masks, blocks)
         plan = self.plans.get(key)
         if plan is None or plan.capacity < past:
-            plan = self.plans[key] = self._make_plan(num_tokens, first_block, num_masks, num_guesses, past)
+            if len(self.plans) == MOST_PLANS:
+                self.plans.clear()
+            plan = self.plans[key] = self._make_plan(num_tokens, num_guesses, num_masks, blocks, past)
         return plan
 
-    def _make_plan(self, num_tokens: int, first_block: int, num_masks: int, num_guesses: int, past: int) -> _Plan:
+    def _make_plan(
+        self, num_tokens: int, num_guesses: int, num_masks: int, blocks: tuple[int, ...], past: int
+    ) -> _Plan:
         device = self.embeddings.weight.device
-        blocks = torch.arange(first_block if num_masks else num_tokens, num_tokens, device=device)
-        slots = layout.tokens(0, num_tokens, device) + layout.masks_behind(blocks, num_masks)
+        slots = layout.tokens(0, num_tokens, device)
+        slots += layout.masks_behind(torch.tensor(blocks, dtype=torch.long, device=device), num_masks)
         capacity = max(2 * past, 256) if past else 0
         keys = layout.tokens(-capacity, 0, device) + slots
-        attention = {
-            pattern: self._as_attention_mask(layout.visible(slots, keys, window))
-            for pattern, window in self.patterns.items()
-        }
-        vectors = self.head.lora_mask_vectors[self.adapter][:num_masks]
         return _Plan(
             slots=slots,
             position=slots.position[None],
             last_position=int(slots.position.max()),
             logits_to_keep=torch.arange(num_tokens - num_guesses - 1, num_tokens, device=device),
-            mask_embeddings=vectors.repeat(len(blocks), 1)[None],
-            attention=attention,
+            mask_embeddings=self.head.lora_mask_vectors[self.adapter][:num_masks].repeat(len(blocks), 1)[None],
+            attention={
+                pattern: additive_mask(layout.visible(slots, keys, window), self.model.dtype)[None, None]
+                for pattern, window in self.patterns.items()
+            },
             capacity=capacity,
         )
 
-    def _as_attention_mask(self, allowed: torch.Tensor) -> torch.Tensor:
-        if self.additive_masks:
-            # Eager attention adds its mask: a boolean one would be taken for zeros and ones, silently.
-            dtype = self.model.dtype
-            return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-                ~allowed, torch.finfo(dtype).min
-            )[None, None]
-        return allowed[None, None]
-
-    def _attention(self, plan: _Plan, past: int) -> torch.Tensor | dict[str | None, torch.Tensor]:
+    def _attention(self, plan: _Plan) -> torch.Tensor | dict[str | None, torch.Tensor]:
         """The last columns of the plan's masks, one for each key that the cache layer will hand to attention."""
         masks = {}
         for pattern, mask in plan.attention.items():
@@ -194,7 +194,7 @@ class SpeculativeForward:
             hidden = self.num_padding - offset
             if hidden > 0:
                 mask = mask.clone()
-                mask[..., :hidden] = torch.finfo(mask.dtype).min if self.additive_masks else False
+                mask[..., :hidden] = torch.finfo(mask.dtype).min
             masks[pattern] = mask
         # A model with one kind of layers takes the mask itself, a mixed one a mask for each kind.
         return masks if len(masks) > 1 else next(iter(masks.values()))
@@ -212,6 +212,15 @@ class SpeculativeForward:
             limit = max(self.max_position - 1, start + int(plan.slots.block.max()))
             positions = torch.where(plan.slots.is_mask[None], positions.clamp(max=limit), positions)
         return positions
+
+
+def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """
+    What is added to attention scores: 0 where allowed. Eager attention takes a boolean mask for zeros and ones, silently;
+    scaled-dot-product attention takes either and would convert a boolean one in every layer.
+    """
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def attention_patterns(config: Any) -> dict[str | None, int | None]:

@@ -82,12 +82,7 @@ class GatedLoraVariant(LoraVariant):
         if torch.is_grad_enabled():
             delta = (lora_B(lora_A(dropout(x[:, first:]))) * scaling).to(result.dtype)
             return result + delta if first == 0 else torch.cat([result[:, :first], result[:, first:] + delta], dim=1)
-        low_rank = lora_A(x[:, first:])
-        if result.shape[0] == 1 and result.dtype == low_rank.dtype and result.is_contiguous():
-            # One fused product into the output in place: on a small model these layers are most of the overhead.
-            result[0, first:].addmm_(low_rank[0], lora_B.weight.t(), alpha=scaling)
-        else:
-            result[:, first:] += (lora_B(low_rank) * scaling).to(result.dtype)
+        result[:, first:] += (lora_B(lora_A(x[:, first:])) * scaling).to(result.dtype)
         return result
 
 

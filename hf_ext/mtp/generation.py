@@ -11,6 +11,8 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .decoding import Emitter, SpeculativeForward
+from .lean_lora import lean_lora
+from .sampler import highest_probability
 
 
 if TYPE_CHECKING:
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
     from transformers.generation import BaseStreamer
 
 
-STRATEGIES = ("quadratic", "linear")
-OPTIONS = ("num_speculative_tokens", "speculation_strategy", "use_sampler")
+STRATEGIES = ("quadratic", "linear", "adaptive")
+OPTIONS = ("num_speculative_tokens", "speculation_strategy", "speculation_threshold", "use_sampler")
 # Up to this length the first step takes the whole prompt, which saves a forward pass; a longer prompt goes through the
 # model's own causal attention, which needs no mask of prompt length squared.
 LONGEST_PROMPT_IN_FIRST_STEP = 512
@@ -53,13 +55,16 @@ class SpeculationOptions:
         num_speculative_tokens (`int`):
             Guesses per step.
         speculation_strategy (`str`):
-            `"quadratic"` or `"linear"`.
+            `"quadratic"`, `"linear"` or `"adaptive"`.
+        speculation_threshold (`float`):
+            Least probability of a guess, or of a place for masks, in adaptive decoding.
         use_sampler (`bool`):
             Whether the sampler head makes the guesses, or the output embedding alone.
     """
 
     num_speculative_tokens: int
     speculation_strategy: str = "quadratic"
+    speculation_threshold: float = 0.1
     use_sampler: bool = True
 
     @classmethod
@@ -88,6 +93,8 @@ class SpeculationOptions:
             raise ValueError(
                 f"`speculation_strategy` must be one of {list(STRATEGIES)}, got {options.speculation_strategy!r}."
             )
+        if not 0 <= options.speculation_threshold <= 1:
+            raise ValueError(f"`speculation_threshold` must be from 0 to 1, got {options.speculation_threshold!r}.")
         return options
 
 
@@ -99,16 +106,21 @@ class MtpGenerationMixin(GenerationMixin):
     greedy output stays the base model's, token for token. While no such adapter is active, or adapters are disabled, it
     is plain `generate`; so are beam search and transformers' own assisted decoding.
 
-    Three arguments are added to `generate`, and are read from `model.generation_config` where a call doesn't give them:
+    Four arguments are added to `generate`, and are read from `model.generation_config` where a call doesn't give them:
 
     Args:
         num_speculative_tokens (`int`, *optional*, defaults to the adapter's `num_masks`):
             Guesses per step.
         speculation_strategy (`str`, *optional*, defaults to `"quadratic"`):
-            `"quadratic"` places masks behind every guess, so that the next step always has its guesses; `"linear"`
-            places them behind the last guess only, which is cheaper and useless unless all guesses are right. Quadratic
-            emits more tokens per step; where a pass over `(num_speculative_tokens + 1) ** 2` positions is much dearer
-            than one over `2 * num_speculative_tokens + 1`, linear or fewer guesses can be faster.
+            Where masks are placed. `"quadratic"`: behind every guess, so that the next step always has its guesses; the
+            most tokens per step, over up to `(num_speculative_tokens + 1) ** 2` positions. `"linear"`: behind the last
+            guess only, over `2 * num_speculative_tokens + 1` positions; a wrong guess leaves the next step without
+            guesses. `"adaptive"` (not in the paper): behind the guesses where verification is likely to end by the
+            sampler's own probabilities, and no guess is verified that is unlikely to be reached; nearly the tokens per
+            step of quadratic decoding at nearly the cost of linear. Where a pass over many positions costs as much as
+            one over a few, as on a large GPU, quadratic is fastest; on a CPU adaptive is.
+        speculation_threshold (`float`, *optional*, defaults to `0.1`):
+            What counts as likely in adaptive decoding. 0 is quadratic decoding.
         use_sampler (`bool`, *optional*, defaults to `True`):
             Whether the sampler head makes the guesses, or the output embedding alone.
 
@@ -202,6 +214,7 @@ def mtp_generate(
     generation_config: GenerationConfig,
     num_speculative_tokens: int | None = None,
     speculation_strategy: str | None = None,
+    speculation_threshold: float | None = None,
     use_sampler: bool | None = None,
     **model_kwargs: Any,
 ) -> Any:
@@ -225,6 +238,7 @@ def mtp_generate(
         generation_config=generation_config,
         num_speculative_tokens=num_speculative_tokens,
         speculation_strategy=speculation_strategy,
+        speculation_threshold=speculation_threshold,
         use_sampler=use_sampler,
         **model_kwargs,
     )
@@ -244,47 +258,68 @@ def _speculate(
         forward.prefill(token_ids[None, :-1], prefill_chunk_size)
         token_ids = token_ids[-1:]
     guesses: list[int] = []
+    probabilities: list[float] = []
     step_lengths: list[int] = []
 
-    handle = forward.begin()
-    try:
+    with forward.started(), lean_lora(model, adapter, head.gate):
         while not emitter.finished:
+            num_verified = len(token_ids) - len(guesses)
             # A step emits at least one token, and the last one needs no guess: never draft past the limit.
             num_masks = options.num_speculative_tokens
             if emitter.remaining is not None:
                 num_masks = max(0, min(num_masks, emitter.remaining - 2))
-            num_tokens = len(token_ids)
-            first_block = num_tokens - 1
-            if options.speculation_strategy == "quadratic":
-                first_block -= len(guesses)
-            logits, mask_states = forward(token_ids, len(guesses), num_masks, first_block)
-
+            places = _places_for_masks(probabilities, options) if num_masks else []
+            logits, mask_states = forward(
+                token_ids, len(guesses), num_masks, tuple(num_verified - 1 + place for place in places)
+            )
             num_accepted = emitter.accept(logits, guesses)
             step_lengths.append(num_accepted + 1)
-            num_rejected = len(guesses) - num_accepted
-            num_blocks = num_tokens - first_block
-            forward.crop(num_rejected + num_blocks * num_masks)
+            forward.crop(len(guesses) - num_accepted + len(places) * num_masks)
             if emitter.finished:
                 break
 
-            last_token = torch.tensor([emitter.tokens[-1]], device=device)
-            # The block behind the last token that stands. In linear decoding only the last guess has one.
-            block = num_blocks - 1 - num_rejected
-            guesses = []
-            if num_masks and block >= 0:
-                states = mask_states[block]
+            token_ids = torch.tensor([emitter.tokens[-1]], device=device)
+            guesses, probabilities = [], []
+            if num_accepted in places:
+                states = mask_states[places.index(num_accepted)]
                 if options.use_sampler:
-                    drafted = head.draft(adapter, last_token, states, embeddings, unembed)
+                    drafted, likely = head.draft(adapter, token_ids, states, embeddings, unembed)
                 else:
-                    drafted = unembed(states).argmax(dim=-1)
+                    mask_logits = unembed(states)
+                    drafted, likely = mask_logits.argmax(dim=-1), highest_probability(mask_logits)
+                probabilities = likely.cumprod(0).tolist()
+                num_guesses = _num_worthwhile(probabilities, options)
                 if emitter.remaining is not None:
-                    drafted = drafted[: emitter.remaining - 1]
+                    num_guesses = min(num_guesses, emitter.remaining - 1)
+                drafted, probabilities = drafted[:num_guesses], probabilities[:num_guesses]
                 guesses = drafted.tolist()
-                last_token = torch.cat([last_token, drafted])
-            token_ids = last_token
-    finally:
-        handle.remove()
+                token_ids = torch.cat([token_ids, drafted])
     return step_lengths
+
+
+def _num_worthwhile(probabilities: list[float], options: SpeculationOptions) -> int:
+    """How many guesses to verify, given the probability that each and all before it are right."""
+    if options.speculation_strategy != "adaptive":
+        return len(probabilities)
+    return sum(p >= options.speculation_threshold for p in probabilities)
+
+
+def _places_for_masks(probabilities: list[float], options: SpeculationOptions) -> list[int]:
+    """
+    The numbers of accepted guesses for which the next step shall find masks: 0 stands for the last verified token.
+
+    Verification ends behind `a` guesses with the probability that these are right less the probability that the next one
+    is right too.
+    """
+    last = len(probabilities)
+    if options.speculation_strategy == "linear":
+        return [last]
+    if options.speculation_strategy == "quadratic":
+        return list(range(last + 1))
+    reached = [1.0, *probabilities, 0.0]
+    ends = [reached[a] - reached[a + 1] for a in range(last + 1)]
+    likely = [a for a, probability in enumerate(ends) if probability >= options.speculation_threshold]
+    return likely or [max(range(last + 1), key=ends.__getitem__)]
 
 
 def active_mtp_adapter(model: PreTrainedModel) -> str | None:

@@ -117,10 +117,7 @@ class MtpHead(nn.Module, BaseTunerLayer):
         """
         first = self.lora_sampler_in[name]
         inputs = torch.cat([previous_embeddings, mask_states], dim=-1).to(first.weight.dtype)
-        return self._correct(name, first(inputs), mask_states)
-
-    def _correct(self, name: str, first_output: torch.Tensor, mask_states: torch.Tensor) -> torch.Tensor:
-        hidden = self.lora_sampler_in_norm[name](nn.functional.silu(first_output))
+        hidden = self.lora_sampler_in_norm[name](nn.functional.silu(first(inputs)))
         hidden = self.lora_sampler_out_norm[name](nn.functional.silu(self.lora_sampler_out[name](hidden)))
         hidden = hidden.to(mask_states.dtype)
         return hidden + mask_states if self.residual[name] else hidden
@@ -133,7 +130,7 @@ class MtpHead(nn.Module, BaseTunerLayer):
         mask_states: torch.Tensor,
         embeddings: nn.Module,
         unembed: nn.Module,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Guesses the successors of a token greedily, each guess fed to the next.
 
@@ -150,19 +147,26 @@ class MtpHead(nn.Module, BaseTunerLayer):
                 The base model's output embedding.
 
         Returns:
-            `torch.LongTensor` of shape `(num_guesses,)`.
+            `tuple`: the guesses and the probability that the sampler gives each, both of shape `(num_guesses,)`.
         """
-        first = self.lora_sampler_in[name]
-        dtype = first.weight.dtype
+        first, second = self.lora_sampler_in[name], self.lora_sampler_out[name]
+        first_norm, second_norm = self.lora_sampler_in_norm[name], self.lora_sampler_out_norm[name]
+        size, dtype, residual = (self.hidden_size,), first.weight.dtype, self.residual[name]
         # The share of the masks is the same whatever is chosen: one product for all of them.
-        of_embedding, of_mask = first.weight[:, : self.hidden_size], first.weight[:, self.hidden_size :]
+        of_embedding, of_mask = first.weight[:, : self.hidden_size].t(), first.weight[:, self.hidden_size :]
         from_masks = nn.functional.linear(mask_states.to(dtype), of_mask, first.bias)
-        token, guesses = last_token, []
+        # [`sample_states`] spelled out in functions: on a small model calling modules costs as much as computing.
+        token, guesses, logits = last_token, [], []
         for from_mask, mask_state in zip(from_masks.split(1), mask_states.split(1), strict=True):
-            first_output = torch.addmm(from_mask, embeddings(token).to(dtype), of_embedding.t())
-            token = unembed(self._correct(name, first_output, mask_state)).argmax(dim=-1)
+            hidden = nn.functional.silu(torch.addmm(from_mask, embeddings(token).to(dtype), of_embedding))
+            hidden = torch.layer_norm(hidden, size, first_norm.weight, first_norm.bias, first_norm.eps)
+            hidden = nn.functional.silu(nn.functional.linear(hidden, second.weight, second.bias))
+            hidden = torch.layer_norm(hidden, size, second_norm.weight, second_norm.bias, second_norm.eps)
+            hidden = hidden.to(mask_state.dtype)
+            logits.append(unembed(hidden + mask_state if residual else hidden))
+            token = logits[-1].argmax(dim=-1)
             guesses.append(token)
-        return torch.cat(guesses)
+        return torch.cat(guesses), highest_probability(torch.cat(logits))
 
     # PEFT asks these of every tuner layer; there is no base layer here to answer for us.
     @property
@@ -184,6 +188,11 @@ class MtpHead(nn.Module, BaseTunerLayer):
                     )
                 else:
                     entry.to(device)
+
+
+def highest_probability(logits: torch.Tensor) -> torch.Tensor:
+    """Probability of the most likely token of each row of logits `(..., vocab_size)`."""
+    return (logits.max(dim=-1).values - logits.logsumexp(dim=-1)).exp()
 
 
 def _like_embeddings(embeddings: nn.Module, num_masks: int) -> torch.Tensor:

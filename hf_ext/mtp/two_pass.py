@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from . import layout
-from .decoding import SUPPORTED_ATTENTION, attention_patterns
+from .decoding import SUPPORTED_ATTENTION, additive_mask, attention_patterns
 from .losses import IGNORE_INDEX, latent_consistency, token_cross_entropy
 
 
@@ -185,12 +185,9 @@ def _mask_pass(
     keys = layout.tokens(0, length, anchors.device) + masks
     seen = torch.cat([attention_mask.bool(), attention_mask.new_ones(batch_size, masks.slot.shape[1]).bool()], dim=1)
     allowed = {
-        kind: (layout.visible(masks, keys, window) & seen[:, None, :])[:, None]
+        kind: additive_mask(layout.visible(masks, keys, window) & seen[:, None, :], token_states.dtype)[:, None]
         for kind, window in attention_patterns(model.config.get_text_config(decoder=True)).items()
     }
-    if model.config._attn_implementation == "eager":
-        lowest = torch.finfo(token_states.dtype).min
-        allowed = {kind: torch.where(mask, 0.0, lowest).to(token_states.dtype) for kind, mask in allowed.items()}
 
     with head.gate.open(masks.slot.shape[1]):
         mask_states = (

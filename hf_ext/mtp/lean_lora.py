@@ -1,0 +1,60 @@
+"""Gated LoRA layers without their bookkeeping, for the time of one decoding loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from peft.tuners.lora import Linear
+from torch import nn
+
+from .sampler import Gate
+
+
+@contextlib.contextmanager
+def lean_lora(model: nn.Module, adapter: str, gate: Gate) -> Iterator[None]:
+    """
+    Within this context the adapter's layers over plain linear layers skip what PEFT checks and looks up at every call,
+    and add the LoRA output by one fused product in place. The result is the same; on a small model, where a step is
+    hundreds of kernels of a few microseconds, it halves what the adapter costs.
+
+    Args:
+        model (`nn.Module`):
+            The model with the adapter injected, not in training.
+        adapter (`str`):
+            Name of the adapter.
+        gate ([`Gate`]):
+            The gate of its layers, which holds a count of trailing masks.
+    """
+    layers = [layer for layer in model.modules() if _is_plain(layer, adapter)]
+    for layer in layers:
+        layer.forward = _fused_forward(layer, adapter, gate)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _is_plain(layer: nn.Module, adapter: str) -> bool:
+    if type(layer) is not Linear or adapter not in layer.lora_A or type(layer.base_layer) is not nn.Linear:
+        return False
+    hooked = layer.base_layer._forward_hooks or layer.base_layer._forward_pre_hooks
+    return not hooked and layer.lora_A[adapter].weight.dtype == layer.base_layer.weight.dtype
+
+
+def _fused_forward(layer: Linear, adapter: str, gate: Gate) -> Callable[[torch.Tensor], torch.Tensor]:
+    weight, bias = layer.base_layer.weight, layer.base_layer.bias
+    down = layer.lora_A[adapter].weight.t()
+    up = (layer.lora_B[adapter].weight * layer.scaling[adapter]).t()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        rows = x[0]
+        result = nn.functional.linear(rows, weight, bias)
+        if gate.positions:
+            first = rows.shape[0] - gate.positions
+            result[first:].addmm_(rows[first:] @ down, up)
+        return result[None]
+
+    return forward
