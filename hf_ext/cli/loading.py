@@ -1,0 +1,156 @@
+"""Models for the command line: from a Hub id, a folder, or the package itself, with errors fit for a terminal."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from hf_ext import shipped_model
+from hf_ext.cli.compare import share_weights
+
+
+# Below so many parameters, a second thread gains nothing on a CPU: handing out the work takes longer than the work.
+_ONE_THREAD_BELOW = 5_000_000
+
+
+@dataclass
+class Pair:
+    """
+    A model with a multi-token adapter, and the same model without.
+
+    Args:
+        name (`str`):
+            What was loaded, in words.
+        base ([`~transformers.PreTrainedModel`]):
+            Free of adapters; shares the weights of `adapted`.
+        adapted ([`~peft.PeftModel`]):
+            With the adapter.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+    """
+
+    name: str
+    base: Any
+    adapted: Any
+    tokenizer: Any
+
+    @property
+    def num_masks(self) -> int:
+        return self.adapted.active_peft_config.num_masks
+
+
+def load_base(name: str, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+    """
+    A causal language model and its tokenizer.
+
+    Args:
+        name (`str`):
+            Hub id or folder.
+        device (`str`, *optional*):
+            Where to; by default the accelerator if there is one.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Number format; `"auto"` is the one that it was saved in.
+
+    Raises:
+        typer.BadParameter: where there is no such model.
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = accelerator.type if accelerator is not None else "cpu"
+    # The bar of loading weights is of no interest where loading takes a moment, and stands in the way of our own.
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"can't load a causal language model from {name!r}: {error}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def load_pair(model: str | None, adapter: str | None, device: str | None = None, dtype: str = "auto") -> Pair:
+    """
+    A model with its multi-token adapter.
+
+    Args:
+        model (`str`, *optional*):
+            Hub id or folder of the base model, or of an adapter, which names its base itself. By default the small
+            story model that comes with the package.
+        adapter (`str`, *optional*):
+            Hub id or folder of the adapter.
+        device (`str`, *optional*), dtype (`str`, *optional*, defaults to `"auto"`):
+            As in [`load_base`].
+
+    Raises:
+        typer.BadParameter: where a model or an adapter can't be found or does not fit.
+    """
+    if model is None and adapter is None:
+        model, adapter, name = str(shipped_model("tiny-lm")), str(shipped_model("tiny-lm-mtp")), "tiny-lm (shipped)"
+    elif adapter is None:
+        model, adapter, name = _base_of(model, no_adapter=True), model, _short(str(model))
+    elif model is None:
+        model, name = _base_of(adapter, no_adapter=False), _short(adapter)
+    else:
+        name = f"{_short(model)} with {_short(adapter)}"
+    base, tokenizer = load_base(str(model), device, dtype)
+    untouched = share_weights(base)
+    try:
+        with warnings.catch_warnings():
+            # PEFT's own use of a property that transformers renamed; nothing that a user could act on.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"can't load the adapter {adapter!r}: {error}") from error
+    if not hasattr(adapted.active_peft_config, "num_masks"):
+        raise typer.BadParameter(
+            f"{adapter!r} is a {adapted.peft_type} adapter, not a multi-token one: train one with `hf-ext mtp train`."
+        )
+    return Pair(name, untouched, adapted, tokenizer)
+
+
+@contextmanager
+def suitable_threads(model: Any, threads: int | None = None) -> Iterator[None]:
+    """
+    Within it, PyTorch uses `threads` threads; by default one for a small model on a CPU, else as many as before.
+
+    Threads of a small model mostly wait for one another, and where another process holds a core, they wait for that
+    too: decoding then becomes many times slower, and times mean nothing.
+    """
+    before = torch.get_num_threads()
+    if threads is None and model.device.type == "cpu" and model.num_parameters() < _ONE_THREAD_BELOW:
+        threads = 1
+    torch.set_num_threads(threads if threads is not None else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _short(name: str) -> str:
+    """Hub ids as they are, folders by their last part: a page that is passed on shows no paths."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _base_of(name: str | None, no_adapter: bool) -> str:
+    try:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except (OSError, ValueError) as error:
+        hint = f"can't load an adapter from {name!r}: {error.__cause__ or error}"
+        if no_adapter:
+            hint += (
+                ". If it is a base model, pass its adapter with --adapter, or train one first: "
+                f"hf-ext mtp train --model {name} --dataset <dataset id or file> --output-dir adapter"
+            )
+        raise typer.BadParameter(hint) from error
+    if not base:
+        raise typer.BadParameter(f"The adapter {name!r} does not name its base model: pass it with --model.")
+    return base

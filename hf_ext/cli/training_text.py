@@ -1,0 +1,101 @@
+"""Rows for training from wherever the command line names them, and the prompts that stand in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+# Builders of `datasets` by the ending of a file.
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+_PROMPT_COLUMNS = ("prompt", "messages", "question", "instruction")
+
+
+def load_rows(name: str, split: str = "train", config: str | None = None, max_rows: int | None = None) -> Dataset:
+    """
+    A dataset from the Hub, from a file (JSON lines, CSV, Parquet, or text with one row per line) or from a folder.
+
+    Args:
+        name (`str`):
+            Hub id, file or folder.
+        split (`str`, *optional*, defaults to `"train"`), config (`str`, *optional*):
+            Which part of it.
+        max_rows (`int`, *optional*):
+            Takes the first so many.
+
+    Raises:
+        typer.BadParameter: where there is no such dataset, or no row in it.
+    """
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(name)
+    try:
+        if path.is_file():
+            if path.suffix not in _BUILDERS:
+                raise typer.BadParameter(f"{name!r} ends in none of {sorted(_BUILDERS)}.")
+            rows = load_dataset(_BUILDERS[path.suffix], data_files=name, split="train")
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            rows = load_from_disk(name)
+            rows = rows[split] if isinstance(rows, DatasetDict) else rows
+        else:
+            rows = load_dataset(name, config, split=split)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise typer.BadParameter(f"can't load a dataset from {name!r}: {error}") from error
+    if max_rows is not None:
+        rows = rows.select(range(min(max_rows, len(rows))))
+    if len(rows) == 0:
+        raise typer.BadParameter(f"the dataset {name!r} has no rows.")
+    return rows
+
+
+def prompts_of(rows: Dataset, tokenizer: Any, column: str | None = None, num_tokens: int = 32) -> list[list[int]]:
+    """
+    The prompts that stand in a dataset, as token ids.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            The dataset.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer; conversations need its chat template.
+        column (`str`, *optional*):
+            Where the prompts are: texts, or lists of messages, of which those before the last answer count. By default
+            the first of `prompt`, `messages`, `question` and `instruction` that there is; a dataset with none of them
+            gives the first `num_tokens` tokens of each `text`.
+        num_tokens (`int`, *optional*, defaults to `32`):
+            See above.
+
+    Raises:
+        typer.BadParameter: where there is no such column.
+    """
+    if column is None:
+        column = next((name for name in _PROMPT_COLUMNS if name in rows.column_names), "text")
+        limit = num_tokens if column == "text" else None
+    else:
+        limit = None
+    if column not in rows.column_names:
+        raise typer.BadParameter(
+            f"the dataset has no column {column!r} to take prompts from, only {rows.column_names}: name one with "
+            "--prompts-from."
+        )
+    prompts = [_token_ids(value, tokenizer)[:limit] for value in rows[column] if value]
+    prompts = [ids for ids in prompts if ids]
+    if not prompts:
+        raise typer.BadParameter(f"every row's {column!r} is empty.")
+    return prompts
+
+
+def _token_ids(value: str | list[dict[str, str]], tokenizer: Any) -> list[int]:
+    if isinstance(value, str):
+        return tokenizer(value)["input_ids"]
+    messages = list(value)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        return []
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
