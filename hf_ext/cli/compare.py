@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import platform
 import statistics
@@ -166,7 +167,7 @@ def compare(
     encoded = _encoded(base_model, tokenizer, prompts, max_new_tokens)
     base_model.eval()
     runs: list[list[Run]] = []
-    with _progress(console) as progress:
+    with _progress(console) as progress, _without_upstream_noise():
         task = progress.add_task("", total=len(encoded) * len(methods) * (repeats + 1))
         for number, prompt_ids in enumerate(encoded, start=1):
 
@@ -290,6 +291,22 @@ def _counting_passes(model: Any) -> Iterator[list[None]]:
         yield passes
     finally:
         handle.remove()
+
+
+@contextmanager
+def _without_upstream_noise() -> Iterator[None]:
+    """Keeps back what transformers says about the way in which its own assisted decoding calls its own `generate`."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not (message.startswith("Passing `generation_config` together") and "min_new_tokens" in message)
+
+    logger = logging.getLogger("transformers.generation.utils")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _timed(model: Any, prompt_ids: list[int], kwargs: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], float]:

@@ -76,7 +76,8 @@ def run(
 ) -> Path:
     """Runs every section and writes `index.html`, `<section>.png` and `results.json`; returns the page's path."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    sections, machine = [], {}
+    sections: list[Section] = []
+    machine: dict[str, str] = {}
     for make in SECTIONS.values():
         section, machine = make(options, console)
         print_section(section, console)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import typer
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -108,11 +109,11 @@ def load_pair(model: str | None, adapter: str | None, device: str | None = None,
             # PEFT's own use of a property that transformers renamed; nothing that a user could act on.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise typer.BadParameter(f"can't load the adapter {adapter!r}: {error}") from error
     if not hasattr(adapted.active_peft_config, "num_masks"):
         raise typer.BadParameter(
-            f"{adapter!r} is a {adapted.peft_type} adapter, not a multi-token one: train one with `hf-ext mtp train`."
+            f"{adapter!r} is a {adapted.active_peft_config.peft_type.value} adapter, not a multi-token one: train one with `hf-ext mtp train`."
         )
     return Pair(name, untouched, adapted, tokenizer)
 

@@ -46,14 +46,17 @@ def draw(section: Section, path: Path) -> None:
     texts = [block for block in section.blocks if isinstance(block, Steps)]
     text = next((block for block in texts if any(len(step) > 1 for step in block.steps)), None)
     rows = _laid_out(text) if text else []
+    heights = [2.6] * bool(charts) + [0.5 + 0.3 * len(rows)] * bool(text)
     # A Figure without pyplot has no window and leaves no state behind.
-    figure = Figure(figsize=(_WIDTH, 0.8 + 2.6 * bool(charts) + 0.3 * len(rows)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 0.5 + sum(heights)), dpi=150, layout="constrained")
     figure.suptitle(section.title, color=_INK, fontsize=15, fontweight="bold", x=0.01, ha="left")
-    parts = figure.subfigures(2, 1, height_ratios=[2.6, max(0.3 * len(rows), 0.01) + 0.4]) if text else [figure]
-    for axes, chart in zip(parts[0].subplots(1, max(len(charts), 1), squeeze=False)[0], charts, strict=False):
-        _draw_bars(axes, chart)
-    if text:
-        _draw_text(parts[1].subplots(), text, rows)
+    if heights:
+        parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        if charts:
+            for axes, chart in zip(parts[0].subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+                _draw_bars(axes, chart)
+        if text:
+            _draw_text(parts[-1].subplots(), text, rows)
     figure.savefig(path)
 
 

@@ -33,6 +33,7 @@ def load_rows(name: str, split: str = "train", config: str | None = None, max_ro
         typer.BadParameter: where there is no such dataset, or no row in it.
     """
     from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
 
     path = Path(name)
     try:
@@ -45,8 +46,10 @@ def load_rows(name: str, split: str = "train", config: str | None = None, max_ro
             rows = rows[split] if isinstance(rows, DatasetDict) else rows
         else:
             rows = load_dataset(name, config, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise typer.BadParameter(f"can't load a dataset from {name!r}: {error}") from error
+    except (DatasetsError, OSError, ValueError, KeyError, RuntimeError) as error:
+        # What is wrong with the file itself is said by the cause.
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+        raise typer.BadParameter(f"can't load a dataset from {name!r}: {reason}") from error
     if max_rows is not None:
         rows = rows.select(range(min(max_rows, len(rows))))
     if len(rows) == 0:
