@@ -275,7 +275,7 @@ def rich_table(table: Table) -> RichTable:
 
 
 def _coloured(block: Steps, console: Console) -> Text:
-    text = Text(block.prompt, style="dim")
+    text = Text().append(block.prompt, style="dim")
     # Without colours (a pipe, NO_COLOR) the steps are told apart by bars.
     separator = "" if console.color_system else "|"
     for i, step in enumerate(block.steps):

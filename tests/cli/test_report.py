@@ -212,6 +212,9 @@ class TestTerminal:
         assert "Once upon a time" in re.sub(r"\x1b\[[0-9;]*m", "", output)
         before_upon, before_time = re.findall(r"(\x1b\[[0-9;]*m) (?:upon|time)", output)
         assert before_upon != before_time
+        # The prompt is dim (code 2), what the model wrote is not.
+        assert "\x1b[2mOnce" in output
+        assert not before_upon.startswith("\x1b[2;")
 
     def test_markup_in_a_generated_text_is_text(self):
         assert "[red]x[/red]" in self.printed(Steps("[red]", "", [["[red]x[/red]"]]))
