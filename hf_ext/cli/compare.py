@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hf_ext.metrics import distinct_ngrams, first_difference
+
+
+class Strategy(StrEnum):
+    """Where masks are placed, as `generate` names it; from the one that computes least to the one that guesses most."""
+
+    linear = "linear"
+    adaptive = "adaptive"
+    quadratic = "quadratic"
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def assisted(draft_model: Any) -> Method:
 
 def multi_token(k: int, strategy: str) -> Method:
     """Guesses from the model itself through its adapter."""
-    kwargs = {"num_speculative_tokens": k, "speculation_strategy": strategy}
+    kwargs = {"num_speculative_tokens": k, "speculation_strategy": str(strategy)}
     return Method(f"multi-token {strategy}, k={k}", kwargs, uses_adapter=True)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from hf_ext.cli.compare import (
     Method,
     MethodResult,
+    Strategy,
     assisted,
     compare,
     describe_machine,
@@ -45,7 +46,7 @@ def multi_token_section(options: DemoOptions, console: Console) -> tuple[Section
     k = pair.num_masks if options.k is None else options.k
     if not 1 <= k <= pair.num_masks:
         raise typer.BadParameter(f"--k must be between 1 and {pair.num_masks}, the adapter's masks; got {k}.")
-    methods = [plain(), prompt_lookup(), multi_token(k, "linear"), multi_token(k, "quadratic")]
+    methods = [plain(), prompt_lookup(), *(multi_token(k, strategy) for strategy in Strategy)]
     if draft is not None:
         methods.insert(2, assisted(draft))
     with suitable_threads(pair.base, options.threads):

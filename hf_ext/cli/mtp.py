@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ from transformers import TextStreamer
 
 from hf_ext.cli.compare import (
     MethodResult,
+    Strategy,
     assisted,
     compare,
     describe_machine,
@@ -32,13 +32,6 @@ from hf_ext.cli.training_text import load_rows, prompts_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-class Strategy(StrEnum):
-    """Where masks are placed, as `generate` names it."""
-
-    linear = "linear"
-    quadratic = "quadratic"
 
 
 ModelOption = Annotated[
@@ -185,9 +178,9 @@ def generate(
     k: Annotated[
         int | None, typer.Option(help="Tokens to guess ahead. By default as many as the adapter can.")
     ] = None,
-    strategy: Annotated[Strategy, typer.Option(help="Quadratic guesses more per step, linear computes less.")] = (
-        Strategy.quadratic
-    ),
+    strategy: Annotated[
+        Strategy, typer.Option(help="Quadratic emits most per step, linear computes least, adaptive is between.")
+    ] = (Strategy.quadratic),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 200,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -231,7 +224,7 @@ def bench(
         Path | None, typer.Option(exists=True, dir_okay=False, help="A text file with one prompt per line.")
     ] = None,
     k: Annotated[list[int] | None, typer.Option(help="Tokens to guess ahead; may be repeated.")] = None,
-    strategy: Annotated[list[Strategy] | None, typer.Option(help="May be repeated; by default both.")] = None,
+    strategy: Annotated[list[Strategy] | None, typer.Option(help="May be repeated; by default all.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write per prompt.")] = 200,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median counts.")] = 3,
     device: DeviceOption = None,
@@ -240,7 +233,7 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """
-    Measure tokens per step and speed for several numbers of guesses and both strategies.
+    Measure tokens per step and speed for several numbers of guesses and every strategy.
 
     What a step costs depends on the machine and on the model, so the fastest setting does too: this finds it.
     """
@@ -255,7 +248,7 @@ def bench(
         methods.append(prompt_lookup())
     if draft_model is not None:
         methods.append(assisted(load_base(draft_model, device, dtype)[0]))
-    methods += [multi_token(count, chosen.value) for chosen in strategies for count in ks]
+    methods += [multi_token(count, chosen) for chosen in strategies for count in ks]
     prompts = _prompts(prompt, prompts_file)
     with suitable_threads(pair.base, threads):
         try:
@@ -274,7 +267,7 @@ def bench(
         machine = describe_machine(pair.base)
     caption = f"{pair.name}: {len(prompts)} prompts, {results[0].num_tokens} tokens, one prompt at a time"
     console.print(rich_table(results_table(results, caption)))
-    console.print(rich_table(_grid(results, ks, [chosen.value for chosen in strategies])))
+    console.print(rich_table(_grid(results, ks, [str(chosen) for chosen in strategies])))
     console.print(" ".join(verdict(results, machine)), markup=False, highlight=False)
     console.print("Measured on: " + ", ".join(f"{key} {value}" for key, value in machine.items()), style="dim")
     if json_file is not None:

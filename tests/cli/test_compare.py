@@ -62,6 +62,7 @@ class TestOnARealModel:
     def test_every_method_writes_what_plain_decoding_writes(self, pair):
         draft = share_weights(pair.base)
         methods = [plain(), prompt_lookup(), assisted(draft), multi_token(2, "linear"), multi_token(3, "quadratic")]
+        methods.append(multi_token(3, "adaptive"))
         results = side_by_side(pair, methods)
         assert [result.name for result in results] == [
             "plain",
@@ -69,6 +70,7 @@ class TestOnARealModel:
             "assisted",
             "multi-token linear, k=2",
             "multi-token quadratic, k=3",
+            "multi-token adaptive, k=3",
         ]
         for result in results:
             assert (result.num_identical, result.num_prompts, result.num_tokens) == (2, 2, 24)

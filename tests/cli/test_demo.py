@@ -48,9 +48,15 @@ class TestCommand:
         pytest.importorskip("matplotlib")
         outcome = invoke(*small)
         assert outcome.exit_code == 0, outcome.output
-        for method in ("plain", "prompt lookup", "multi-token linear, k=3", "multi-token quadratic, k=3"):
+        for method in (
+            "plain",
+            "prompt lookup",
+            "multi-token linear, k=3",
+            "multi-token adaptive, k=3",
+            "multi-token quadratic, k=3",
+        ):
             assert method in outcome.stdout
-        assert outcome.stdout.count("2 of 2") == 4
+        assert outcome.stdout.count("2 of 2") == 5
         for word in ("tokens", "seconds", "speed-up", "identical", "4-grams", "Prompt 1"):
             assert word in outcome.stdout
 
@@ -60,7 +66,7 @@ class TestCommand:
         assert (tmp_path / "demo" / "mtp.png").read_bytes().startswith(b"\x89PNG")
         figures = json.loads((tmp_path / "demo" / "results.json").read_text())
         assert figures["machine"]["dtype"] == "float32"
-        assert [method["num_identical"] for method in figures["mtp"]["methods"]] == [2, 2, 2, 2]
+        assert [method["num_identical"] for method in figures["mtp"]["methods"]] == [2] * 5
 
     def test_a_page_that_is_passed_on_shows_no_paths(self, small, tmp_path, base_folder):
         invoke(*small)
@@ -70,7 +76,7 @@ class TestCommand:
     def test_own_prompts_and_number_of_guesses(self, small, tmp_path):
         outcome = invoke(*small, "--prompt", "one <1>", "--prompt", "two", "--prompt", "three", "--k", 2)
         assert outcome.exit_code == 0, outcome.output
-        assert outcome.stdout.count("3 of 3") == 4
+        assert outcome.stdout.count("3 of 3") == 5
         assert "multi-token linear, k=2" in outcome.stdout
         assert "one &lt;1&gt;" in (tmp_path / "demo" / "index.html").read_text()
 
@@ -78,7 +84,7 @@ class TestCommand:
         outcome = invoke(*small, "--draft-model", base_folder)
         assert outcome.exit_code == 0, outcome.output
         assert "assisted" in outcome.stdout
-        assert outcome.stdout.count("2 of 2") == 5
+        assert outcome.stdout.count("2 of 2") == 6
 
     def test_an_adapter_alone_names_its_base(self, small, adapter_folder):
         arguments = small[4:]

@@ -24,7 +24,7 @@ def test_help_shows_an_example(command):
 
 
 class TestGenerate:
-    @pytest.mark.parametrize("strategy", ["linear", "quadratic"])
+    @pytest.mark.parametrize("strategy", ["linear", "quadratic", "adaptive"])
     def test_streams_what_plain_decoding_writes(self, models, base_folder, tokenizer, strategy):
         from transformers import AutoModelForCausalLM
 
@@ -71,7 +71,7 @@ class TestBench:
         assert [method["name"] for method in figures["methods"]] == [
             "plain",
             "prompt lookup",
-            *(f"multi-token {strategy}, k={k}" for strategy in ("linear", "quadratic") for k in (1, 3)),
+            *(f"multi-token {strategy}, k={k}" for strategy in ("linear", "adaptive", "quadratic") for k in (1, 3)),
         ]
         for method in figures["methods"]:
             assert method["name"] in outcome.stdout
