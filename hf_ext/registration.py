@@ -9,6 +9,7 @@ user, transformers on meeting an adapter, or this package.
 import importlib
 from types import ModuleType
 from typing import Any
+from typing import Any
 
 import wrapt
 
@@ -56,6 +57,23 @@ def register_peft() -> None:
         prefix=GatedLoraModel.prefix,
         is_mixed_compatible=False,
     )
+    wrapt.wrap_function_wrapper("peft", "PeftModel._upload_modified_files", _upload_with_our_card)
+
+
+def _upload_with_our_card(wrapped: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """
+    `PeftModel.push_to_hub` puts a generic card over the one that was saved with the adapter. PEFT offers no hook for it
+    and makes no class of its own for a method, so the method that uploads is wrapped; other adapters pass through.
+    """
+    from hf_ext.hub.model_card import write_unless_written
+    from hf_ext.mtp.configuration import GatedLoraConfig
+
+    config = model.peft_config[model.active_adapter]
+    if isinstance(config, GatedLoraConfig):
+        working_dir = kwargs.get("working_dir", args[0] if args else None)
+        repo_id = kwargs.get("repo_id", args[1] if len(args) > 1 else None)
+        write_unless_written(config, working_dir, repo_id)
+    return wrapped(*args, **kwargs)
 
 
 def _add_str_enum_member(cls: Any, name: str) -> None:

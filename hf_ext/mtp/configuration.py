@@ -8,6 +8,8 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils import PeftType
 
+from hf_ext.hub.model_card import write_unless_written
+
 
 @dataclass
 class GatedLoraConfig(LoraConfig):
@@ -79,6 +81,11 @@ class GatedLoraConfig(LoraConfig):
             raise ValueError(f"`task_type` must be 'CAUSAL_LM' for multi-token prediction, got {self.task_type!r}.")
         for name, reason in _refused_options(self).items():
             raise ValueError(f"`{name}={getattr(self, name)!r}` can't be used with gated LoRA: {reason}")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As [`~peft.PeftConfig.save_pretrained`], with a model card where there is none or a generic one."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_unless_written(self, save_directory)
 
     def check_base(self, base_config: Any) -> None:
         """

@@ -10,6 +10,8 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from hf_ext.hub.model_card import write_unless_written
+
 from .decoding import Emitter, SpeculativeForward
 from .lean_lora import lean_lora
 from .sampler import highest_probability
@@ -147,6 +149,13 @@ class MtpGenerationMixin(GenerationMixin):
         if kwargs.get("custom_generate") is mtp_generate:
             del kwargs["custom_generate"]
         return super().generate(*args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # `push_to_hub` has put a generic card there, which doesn't say how the adapter is loaded.
+        adapter = active_mtp_adapter(self)
+        if adapter is not None:
+            write_unless_written(self.peft_config[adapter], working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs({name: v for name, v in model_kwargs.items() if name not in OPTIONS})

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 from trl import SFTTrainer
+
+from hf_ext.hub.model_card import mtp_model_card
 
 from .configuration import GatedLoraConfig
 from .gated_lora import GatedLoraModel
@@ -64,19 +67,6 @@ class MtpTrainer(SFTTrainer):
 
     _tag_names = ["trl", "mtp", "hf-ext", "speculative-decoding"]
     _name = "MTP"
-    _paper = {
-        "title": "Your LLM Knows the Future: Uncovering Its Multi-Token Prediction Potential",
-        "id": "2507.11851",
-        "citation": (
-            "@article{samragh2025your,\n"
-            "    title   = {{Your LLM Knows the Future: Uncovering Its Multi-Token Prediction Potential}},\n"
-            "    author  = {Mohammad Samragh and Arnav Kundu and David Harrison and Kumari Nishu and Devang Naik and "
-            "Minsik Cho and Mehrdad Farajtabar},\n"
-            "    year    = 2025,\n"
-            "    journal = {arXiv preprint arXiv:2507.11851}\n"
-            "}"
-        ),
-    }
     # The losses are sums divided by the number of masks in the whole step, on all processes.
     loss_is_scaled_for_ga = True
 
@@ -215,6 +205,31 @@ class MtpTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the adapter's card, with what it was trained on and what it reached, into the output folder."""
+        if not self.is_world_process_zero():
+            return
+        measured = [entry for entry in self.state.log_history if "eval_decoded_tokens_per_step" in entry]
+        facts = {
+            "trained with": f"{type(self).__name__}, hf_ext, TRL, PEFT, transformers",
+            "training text": dataset_name,
+            "steps": self.state.global_step,
+            "sequences per step": self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size,
+            "tokens per step on the evaluation set": measured[-1]["eval_decoded_tokens_per_step"] if measured else None,
+        }
+        repo_id = self.args.hub_model_id or model_name or Path(self.args.output_dir).name
+        card = mtp_model_card(
+            self._tuned.peft_config[self._tuned.active_adapters[0]],
+            repo_id,
+            facts={name: value for name, value in facts.items() if value},
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+        )
+        card.save(Path(self.args.output_dir) / "README.md")
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
