@@ -7,8 +7,8 @@ user, transformers on meeting an adapter, or this package.
 """
 
 import importlib
+import inspect
 from types import ModuleType
-from typing import Any
 from typing import Any
 
 import wrapt
@@ -70,9 +70,8 @@ def _upload_with_our_card(wrapped: Any, model: Any, args: tuple[Any, ...], kwarg
 
     config = model.peft_config[model.active_adapter]
     if isinstance(config, GatedLoraConfig):
-        working_dir = kwargs.get("working_dir", args[0] if args else None)
-        repo_id = kwargs.get("repo_id", args[1] if len(args) > 1 else None)
-        write_unless_written(config, working_dir, repo_id)
+        call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        write_unless_written(config, call["working_dir"], call["repo_id"])
     return wrapped(*args, **kwargs)
 
 

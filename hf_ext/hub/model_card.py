@@ -16,7 +16,10 @@ _GENERIC = ("# Model Card for Model ID", "This model card has been automatically
 
 
 def mtp_model_card(
-    config: Any, repo_id: str = "path/to/this/adapter", facts: dict[str, Any] | None = None, tags: list[str] | None = None
+    config: Any,
+    repo_id: str = "path/to/this/adapter",
+    facts: dict[str, Any] | None = None,
+    tags: list[str] | None = None,
 ) -> ModelCard:
     """
     The card of a multi-token adapter.

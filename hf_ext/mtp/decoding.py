@@ -132,6 +132,7 @@ class SpeculativeForward:
                 logits_to_keep=plan.logits_to_keep,
             )
         states, self.states = self.states, None
+        assert states is not None, "`started` keeps them"
         return outputs.logits[0], states[0, num_tokens:].view(len(blocks), num_masks, states.shape[-1])
 
     def crop(self, num_tokens: int) -> None:
@@ -276,7 +277,8 @@ class Emitter:
         keep_scores: bool,
         keep_logits: bool,
     ):
-        self.prompt, self.tokens = input_ids, []
+        self.prompt = input_ids
+        self.tokens: list[int] = []
         self.processor, self.streamer = logits_processor, streamer
         self.scores: tuple[torch.Tensor, ...] | None = () if keep_scores else None
         self.logits: tuple[torch.Tensor, ...] | None = () if keep_logits else None

@@ -132,7 +132,7 @@ class GatedLoraModel(LoraModel):
 
     def inject_adapter(
         self,
-        model: nn.Module,
+        model: Any,
         adapter_name: str,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
@@ -152,11 +152,10 @@ class GatedLoraModel(LoraModel):
             )
         # Attached after PEFT froze the base model, which it takes for adapted before if it finds a tuner layer.
         model.mtp_head = head
-        with torch.device("meta") if low_cpu_mem_usage else torch.device(model.device):
-            head.add_adapter(adapter_name, config, model.get_input_embeddings())
+        embeddings = model.get_input_embeddings()
+        with torch.device("meta" if low_cpu_mem_usage else embeddings.weight.device):
+            head.add_adapter(adapter_name, config, embeddings)
         head.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        if autocast_adapter_dtype:
-            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         add_mtp_generation(model)
 
     def _create_and_replace(

@@ -43,8 +43,8 @@ class MtpGenerateOutput(GenerateDecoderOnlyOutput):
             For each sequence, the number of tokens that each step emitted.
     """
 
-    num_steps: torch.LongTensor | None = None
-    tokens_per_step: torch.FloatTensor | None = None
+    num_steps: torch.Tensor | None = None
+    tokens_per_step: torch.Tensor | None = None
     step_lengths: list[list[int]] | None = None
 
 
@@ -79,7 +79,7 @@ class SpeculationOptions:
         Raises:
             ValueError: naming the option, its value and what is possible.
         """
-        chosen = {"num_speculative_tokens": num_masks}
+        chosen: dict[str, Any] = {"num_speculative_tokens": num_masks}
         for name in OPTIONS:
             for value in (getattr(generation_config, name, None), call_options.get(name)):
                 if value is not None:
@@ -175,7 +175,9 @@ class MtpGenerationMixin(GenerationMixin):
         if adapter is None:
             given = {name: value for name, value in call_options.items() if value is not None}
             if given:
-                raise ValueError(f"{given} were given, but no multi-token adapter is active: enable one, or leave them.")
+                raise ValueError(
+                    f"{given} were given, but no multi-token adapter is active: enable one, or leave them."
+                )
             return super()._sample(
                 input_ids,
                 logits_processor=logits_processor,
@@ -345,11 +347,15 @@ def _check_call(
     """Refuses what would give other output than plain decoding, or none."""
     plain = "For plain decoding generate inside `with model.disable_adapter():`."
     if input_ids.shape[0] != 1:
-        raise ValueError(f"Multi-token decoding takes one sequence per call so far, got a batch of {input_ids.shape[0]}. {plain}")
+        raise ValueError(
+            f"Multi-token decoding takes one sequence per call so far, got a batch of {input_ids.shape[0]}. {plain}"
+        )
     if generation_config.do_sample:
         raise ValueError(f"Multi-token decoding is greedy so far, got `do_sample=True`. {plain}")
     if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
-        raise ValueError("The prompt must be at least one token id: `input_ids` is empty or `inputs_embeds` was given.")
+        raise ValueError(
+            "The prompt must be at least one token id: `input_ids` is empty or `inputs_embeds` was given."
+        )
     if synced_gpus:
         raise ValueError(f"Multi-token decoding can't run with `synced_gpus=True` (ZeRO-3 or FSDP). {plain}")
     if model_kwargs.get("past_key_values") is None:
@@ -373,7 +379,7 @@ def _num_left_padding(attention_mask: torch.Tensor | None) -> int:
 
 
 @functools.cache
-def _with_mtp_generation(model_class: type) -> type:
+def _with_mtp_generation(model_class: Any) -> type:
     # Under the same name, which `save_pretrained` writes into config.json.
     return type(
         model_class.__name__,
@@ -385,7 +391,7 @@ def _with_mtp_generation(model_class: type) -> type:
 def add_mtp_generation(model: PreTrainedModel) -> None:
     """Gives a model [`MtpGenerationMixin`]: `generate` looks its decoding methods up in the class."""
     if not isinstance(model, MtpGenerationMixin):
-        model.__class__ = _with_mtp_generation(type(model))
+        model.__class__ = _with_mtp_generation(type(model))  # type: ignore[arg-type]
 
 
 def remove_mtp_generation(model: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
@@ -37,14 +38,14 @@ def lean_lora(model: nn.Module, adapter: str, gate: Gate) -> Iterator[None]:
             del layer.forward
 
 
-def _is_plain(layer: nn.Module, adapter: str) -> bool:
+def _is_plain(layer: Any, adapter: str) -> bool:
     if type(layer) is not Linear or adapter not in layer.lora_A or type(layer.base_layer) is not nn.Linear:
         return False
     hooked = layer.base_layer._forward_hooks or layer.base_layer._forward_pre_hooks
     return not hooked and layer.lora_A[adapter].weight.dtype == layer.base_layer.weight.dtype
 
 
-def _fused_forward(layer: Linear, adapter: str, gate: Gate) -> Callable[[torch.Tensor], torch.Tensor]:
+def _fused_forward(layer: Any, adapter: str, gate: Gate) -> Callable[[torch.Tensor], torch.Tensor]:
     weight, bias = layer.base_layer.weight, layer.base_layer.bias
     down = layer.lora_A[adapter].weight.t()
     up = (layer.lora_B[adapter].weight * layer.scaling[adapter]).t()

@@ -67,6 +67,7 @@ class MtpHead(nn.Module, BaseTunerLayer):
         super().__init__()
         self.hidden_size = hidden_size
         self.gate = Gate()
+        self.base_device = torch.device("cpu")
         self.residual: dict[str, bool] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.lora_mask_vectors = nn.ParameterDict()
@@ -75,7 +76,7 @@ class MtpHead(nn.Module, BaseTunerLayer):
         self.lora_sampler_out = nn.ModuleDict()
         self.lora_sampler_out_norm = nn.ModuleDict()
 
-    def add_adapter(self, name: str, config: GatedLoraConfig, embeddings: nn.Module) -> None:
+    def add_adapter(self, name: str, config: GatedLoraConfig, embeddings: Any) -> None:
         """
         Args:
             name (`str`):
@@ -89,20 +90,20 @@ class MtpHead(nn.Module, BaseTunerLayer):
         self.lora_sampler_in[name] = nn.Linear(2 * self.hidden_size, self.hidden_size)
         self.lora_sampler_in_norm[name] = nn.LayerNorm(self.hidden_size)
         self.lora_sampler_out[name] = nn.Linear(self.hidden_size, self.hidden_size)
-        self.lora_sampler_out_norm[name] = nn.LayerNorm(self.hidden_size)
+        last_norm = nn.LayerNorm(self.hidden_size)
         if config.sampler_residual:
-            nn.init.zeros_(self.lora_sampler_out_norm[name].weight)
+            nn.init.zeros_(last_norm.weight)
+        self.lora_sampler_out_norm[name] = last_norm
         self.residual[name] = config.sampler_residual
         if config.frozen_masks:
             self.frozen_peft_weight_names[name] = ("lora_mask_vectors",)
         weight = embeddings.weight
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         for container in self.adapter_layer_names[1:]:
-            getattr(self, container)[name].to(device=weight.device, dtype=dtype)
+            getattr(self, container)[name].to(dtype=dtype)
+        self.base_device = weight.device
 
-    def sample_states(
-        self, name: str, previous_embeddings: torch.Tensor, mask_states: torch.Tensor
-    ) -> torch.Tensor:
+    def sample_states(self, name: str, previous_embeddings: torch.Tensor, mask_states: torch.Tensor) -> torch.Tensor:
         """
         Args:
             name (`str`):
@@ -115,7 +116,7 @@ class MtpHead(nn.Module, BaseTunerLayer):
         Returns:
             `torch.Tensor` of shape `(..., hidden_size)`: the states to unembed.
         """
-        first = self.lora_sampler_in[name]
+        first: Any = self.lora_sampler_in[name]
         inputs = torch.cat([previous_embeddings, mask_states], dim=-1).to(first.weight.dtype)
         hidden = self.lora_sampler_in_norm[name](nn.functional.silu(first(inputs)))
         hidden = self.lora_sampler_out_norm[name](nn.functional.silu(self.lora_sampler_out[name](hidden)))
@@ -149,8 +150,10 @@ class MtpHead(nn.Module, BaseTunerLayer):
         Returns:
             `tuple`: the guesses and the probability that the sampler gives each, both of shape `(num_guesses,)`.
         """
-        first, second = self.lora_sampler_in[name], self.lora_sampler_out[name]
-        first_norm, second_norm = self.lora_sampler_in_norm[name], self.lora_sampler_out_norm[name]
+        first: Any = self.lora_sampler_in[name]
+        second: Any = self.lora_sampler_out[name]
+        first_norm: Any = self.lora_sampler_in_norm[name]
+        second_norm: Any = self.lora_sampler_out_norm[name]
         size, dtype, residual = (self.hidden_size,), first.weight.dtype, self.residual[name]
         # The share of the masks is the same whatever is chosen: one product for all of them.
         of_embedding, of_mask = first.weight[:, : self.hidden_size].t(), first.weight[:, self.hidden_size :]
@@ -178,7 +181,7 @@ class MtpHead(nn.Module, BaseTunerLayer):
         return None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        device = device or self.device_of_base
+        device = device or self.base_device
         for container in self.adapter_layer_names:
             if adapter_name in getattr(self, container):
                 entry = getattr(self, container)[adapter_name]
@@ -195,7 +198,7 @@ def highest_probability(logits: torch.Tensor) -> torch.Tensor:
     return (logits.max(dim=-1).values - logits.logsumexp(dim=-1)).exp()
 
 
-def _like_embeddings(embeddings: nn.Module, num_masks: int) -> torch.Tensor:
+def _like_embeddings(embeddings: Any, num_masks: int) -> torch.Tensor:
     """Random vectors with the per-dimension mean and deviation of what the embedding gives for a token."""
     weight = embeddings.weight
     if weight.device.type == "meta":

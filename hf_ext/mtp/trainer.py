@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from hf_ext.hub.model_card import mtp_model_card
@@ -17,7 +16,7 @@ from .configuration import GatedLoraConfig
 from .gated_lora import GatedLoraModel
 from .losses import IGNORE_INDEX, leading_agreement
 from .trainer_config import MtpConfig
-from .two_pass import MtpForwardOutput, mask_labels
+from .two_pass import mask_labels
 
 
 class MtpTrainer(SFTTrainer):
@@ -74,7 +73,7 @@ class MtpTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: Any,
         args: MtpConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -109,7 +108,9 @@ class MtpTrainer(SFTTrainer):
     def _tuned(self) -> GatedLoraModel:
         return self.accelerator.unwrap_model(self.model).base_model
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> torch.Tensor | None:
         """Draws the anchors of the step and counts the masks that have a label, over all micro-batches and processes."""
         count = torch.zeros((), device=device)
         for batch in batch_samples:
@@ -149,7 +150,7 @@ class MtpTrainer(SFTTrainer):
     ) -> Any:
         mode = "train" if self.model.training else "eval"
         anchors = inputs.get("mtp_anchors")
-        outputs: MtpForwardOutput = model(
+        outputs: Any = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             labels=inputs["labels"],
@@ -175,9 +176,7 @@ class MtpTrainer(SFTTrainer):
         return (self.state.global_step + 1) % max(1, self.state.logging_steps or 1) == 0
 
     @torch.no_grad()
-    def _record(
-        self, mode: str, inputs: dict[str, torch.Tensor], outputs: MtpForwardOutput, sums: dict[str, torch.Tensor]
-    ) -> None:
+    def _record(self, mode: str, inputs: dict[str, torch.Tensor], outputs: Any, sums: dict[str, torch.Tensor]) -> None:
         metrics = self._metrics[mode]
         gather = self.accelerator.gather_for_metrics
         valid = outputs.valid.sum((0, 1))
@@ -220,7 +219,9 @@ class MtpTrainer(SFTTrainer):
             "sequences per step": self.args.train_batch_size
             * self.args.gradient_accumulation_steps
             * self.args.world_size,
-            "tokens per step on the evaluation set": measured[-1]["eval_decoded_tokens_per_step"] if measured else None,
+            "tokens per step on the evaluation set": measured[-1]["eval_decoded_tokens_per_step"]
+            if measured
+            else None,
         }
         repo_id = self.args.hub_model_id or model_name or Path(self.args.output_dir).name
         card = mtp_model_card(

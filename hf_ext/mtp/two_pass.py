@@ -207,7 +207,7 @@ def _mask_pass(
     twin_states = token_states[rows[..., None], twins]
     twin_embeddings = embeddings(input_ids[rows[..., None], twins]).detach()
 
-    teacher = None
+    teacher: Any = None
     if soft_target_weight > 0 or measure_agreement:
         with torch.no_grad():
             teacher = unembed(twin_states)
@@ -227,6 +227,6 @@ def _mask_pass(
         sampler_loss[..., 0],
     )
     if measure_agreement:
-        said = mask_teacher.argmax(-1)
+        said = teacher[:, :, 1:].argmax(-1)
         fields += ((base_logits.argmax(-1) == said) & valid, (sampler_logits[:, :, 1:].argmax(-1) == said) & valid)
     return fields
