@@ -26,7 +26,9 @@ from hf_ext import GatedLoraConfig, MtpConfig, MtpTrainer, generate_completions
 @dataclass
 class RecipeArguments:
     model: str = field(metadata={"help": "Folder or Hub id of the base model."})
-    prompts: str | None = field(default=None, metadata={"help": "JSON lines with a `prompt` each, instead of openings."})
+    prompts: str | None = field(
+        default=None, metadata={"help": "JSON lines with a `prompt` each, instead of openings."}
+    )
     num_texts: int = field(default=8_192, metadata={"help": "Openings to write where no prompts are given."})
     opening_length: int = field(default=64, metadata={"help": "Tokens of the longest openings."})
     completion_length: int = field(default=192, metadata={"help": "Tokens of the greedy continuations."})
@@ -38,12 +40,13 @@ class RecipeArguments:
 @dataclass
 class StoryMtpArguments(MtpConfig):
     output_dir: str = field(default="out/mtp-adapter")
-    max_steps: int = field(default=5_000)
+    max_steps: int = field(default=4_500)
     per_device_train_batch_size: int = field(default=8)
     anchors_per_sequence: int = field(default=16)
     # A tiny model takes and needs a rate far above the paper's 2e-4: every step counts, and nothing can be forgotten.
-    learning_rate: float = field(default=1e-2)
+    learning_rate: float = field(default=8e-3)
     lr_scheduler_type: str = field(default="cosine")
+    consistency_loss_weight: float = field(default=0.1)
     warmup_steps: float = field(default=100)
     bf16: bool = field(default=False)
     logging_steps: float = field(default=100)
@@ -70,7 +73,9 @@ def write_openings(model, tokenizer, recipe: RecipeArguments, folder: Path, seed
         max_new_tokens=recipe.opening_length,
     )["input_ids"]
     lengths = torch.randint(4, recipe.opening_length + 1, (len(texts),), generator=torch.Generator().manual_seed(seed))
-    return [text if i % 2 else text[:length] for i, (text, length) in enumerate(zip(texts, lengths.tolist(), strict=True))]
+    return [
+        text if i % 2 else text[:length] for i, (text, length) in enumerate(zip(texts, lengths.tolist(), strict=True))
+    ]
 
 
 def main(recipe: RecipeArguments, args: StoryMtpArguments):

@@ -140,7 +140,7 @@ class GatedLoraModel(LoraModel):
     ) -> None:
         config = self.peft_config[adapter_name]
         _check_base(model, config)
-        head = getattr(model, "mtp_head", None)
+        head: MtpHead | None = getattr(model, "mtp_head", None)
         if head is None:
             head = MtpHead(config.base_hidden_size)
         self._gate = head.gate
@@ -155,7 +155,7 @@ class GatedLoraModel(LoraModel):
         embeddings = model.get_input_embeddings()
         with torch.device("meta" if low_cpu_mem_usage else embeddings.weight.device):
             head.add_adapter(adapter_name, config, embeddings)
-        head.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        head.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
         add_mtp_generation(model)
 
     def _create_and_replace(

@@ -59,14 +59,14 @@ class SpeculationOptions:
         speculation_strategy (`str`):
             `"quadratic"`, `"linear"` or `"adaptive"`.
         speculation_threshold (`float`):
-            Least probability of a guess, or of a place for masks, in adaptive decoding.
+            Least probability that verification ends at a place, for masks to be placed there in adaptive decoding.
         use_sampler (`bool`):
             Whether the sampler head makes the guesses, or the output embedding alone.
     """
 
     num_speculative_tokens: int
     speculation_strategy: str = "quadratic"
-    speculation_threshold: float = 0.1
+    speculation_threshold: float = 0.25
     use_sampler: bool = True
 
     @classmethod
@@ -118,11 +118,12 @@ class MtpGenerationMixin(GenerationMixin):
             most tokens per step, over up to `(num_speculative_tokens + 1) ** 2` positions. `"linear"`: behind the last
             guess only, over `2 * num_speculative_tokens + 1` positions; a wrong guess leaves the next step without
             guesses. `"adaptive"` (not in the paper): behind the guesses where verification is likely to end by the
-            sampler's own probabilities, and no guess is verified that is unlikely to be reached; nearly the tokens per
-            step of quadratic decoding at nearly the cost of linear. Where a pass over many positions costs as much as
-            one over a few, as on a large GPU, quadratic is fastest; on a CPU adaptive is.
-        speculation_threshold (`float`, *optional*, defaults to `0.1`):
-            What counts as likely in adaptive decoding. 0 is quadratic decoding.
+            sampler's own probabilities; between the two in tokens per step and in cost, and seldom without guesses. Where
+            a pass over many positions costs as much as one over a few, as on a large GPU, quadratic is fastest; on a CPU
+            the others are.
+        speculation_threshold (`float`, *optional*, defaults to `0.25`):
+            Least probability that verification ends at a place, for masks to be placed there in adaptive decoding. 0 is
+            quadratic decoding.
         use_sampler (`bool`, *optional*, defaults to `True`):
             Whether the sampler head makes the guesses, or the output embedding alone.
 
@@ -130,12 +131,11 @@ class MtpGenerationMixin(GenerationMixin):
 
     ```python
     >>> import hf_ext
-    >>> from peft import AutoPeftModelForCausalLM
-    >>> from transformers import AutoTokenizer
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    >>> folder = hf_ext.shipped_model("tiny-lm-mtp")
-    >>> model = AutoPeftModelForCausalLM.from_pretrained(folder)
-    >>> tokenizer = AutoTokenizer.from_pretrained(folder)
+    >>> model = AutoModelForCausalLM.from_pretrained(hf_ext.shipped_model("tiny-lm"))
+    >>> tokenizer = AutoTokenizer.from_pretrained(hf_ext.shipped_model("tiny-lm"))
+    >>> loading_info = model.load_adapter(hf_ext.shipped_model("tiny-lm-mtp"))
     >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
     >>> out = model.generate(**inputs, max_new_tokens=64, return_dict_in_generate=True)
     >>> float(out.tokens_per_step[0]) > 1
@@ -298,21 +298,12 @@ def _speculate(
                 else:
                     mask_logits = unembed(states)
                     drafted, likely = mask_logits.argmax(dim=-1), highest_probability(mask_logits)
-                probabilities = likely.cumprod(0).tolist()
-                num_guesses = _num_worthwhile(probabilities, options)
                 if emitter.remaining is not None:
-                    num_guesses = min(num_guesses, emitter.remaining - 1)
-                drafted, probabilities = drafted[:num_guesses], probabilities[:num_guesses]
+                    drafted = drafted[: emitter.remaining - 1]
+                probabilities = likely[: len(drafted)].cumprod(0).tolist()
                 guesses = drafted.tolist()
                 token_ids = torch.cat([token_ids, drafted])
     return step_lengths
-
-
-def _num_worthwhile(probabilities: list[float], options: SpeculationOptions) -> int:
-    """How many guesses to verify, given the probability that each and all before it are right."""
-    if options.speculation_strategy != "adaptive":
-        return len(probabilities)
-    return sum(p >= options.speculation_threshold for p in probabilities)
 
 
 def _places_for_masks(probabilities: list[float], options: SpeculationOptions) -> list[int]:
