@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def provenance(model: Any) -> dict[str, str]:
     """The command, the machine, the versions and the day."""
     command = [f"benchmarks/mtp/{Path(sys.argv[0]).name}", *(_shortened(word) for word in sys.argv[1:])]
     return {
-        "command": "python " + " ".join(command),
+        "command": "python " + shlex.join(command),
         "date": datetime.date.today().isoformat(),
         **describe_machine(model),
         "peft": peft.__version__,

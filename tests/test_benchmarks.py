@@ -1,0 +1,98 @@
+"""The benchmarks' scripts start, and the main one writes its tables."""
+
+import importlib.util
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_ext import GatedLoraConfig
+
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "mtp"
+SCRIPTS = ("prompts", "acceptance", "wall_clock", "training_step", "ablations")
+
+
+def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    # As `python script.py` does: siblings are found beside the script.
+    monkeypatch.syspath_prepend(str(FOLDER))
+    path = FOLDER / f"{script}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+    runpy.run_path(str(path), run_name="__main__")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_runs(script, monkeypatch, capsys):
+    if script == "ablations" and importlib.util.find_spec("trl") is None:
+        pytest.skip("needs the extra `train`")
+    with pytest.raises(SystemExit) as ended:
+        run(script, monkeypatch, "--help")
+    assert ended.value.code == 0
+    assert "--results_dir" in capsys.readouterr().out
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path]:
+    """A random model with a random adapter."""
+    torch.manual_seed(0)
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{chr(97 + i): 3 + i for i in range(26)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+        pad_token_id=0,
+    )
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    LlamaForCausalLM(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    tuned = get_peft_model(LlamaForCausalLM.from_pretrained(base), GatedLoraConfig(num_masks=2, r=2))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(adapter)
+    return base, adapter
+
+
+def test_acceptance_writes_its_tables(folders, tmp_path, monkeypatch):
+    base, adapter = folders
+    prompts = {"tiny": {"input_ids": [[1, 5, 6, 7], [1, 9]]}}
+    (tmp_path / "prompts.json").write_text(json.dumps({"sets": prompts}))
+    run(
+        "acceptance", monkeypatch, "--model", base, "--adapter", adapter, "--results_dir", tmp_path / "results",
+        "--max_new_tokens", 12, "--prompts", tmp_path / "prompts.json", "--threads", 1,
+    )  # fmt: skip
+
+    written = json.loads((tmp_path / "results" / "acceptance.json").read_text())
+    by_format = {d: [r for r in written["results"] if r["dtype"] == d] for d in ("float32", "float64")}
+    assert len(by_format["float32"]) == 2 * 3 * 2
+    assert len(by_format["float64"]) == 3
+    assert all(r["num_identical"] == r["num_prompts"] == 2 and r["num_tokens"] == 24 for r in written["results"])
+    assert {"torch", "transformers", "peft", "hf_ext", "processor", "command", "date"} <= written["provenance"].keys()
+    page = (tmp_path / "results" / "acceptance.md").read_text()
+    assert "| k | linear, no sampler |" in page
+    # Folders are named by their last part.
+    assert str(tmp_path) not in page + json.dumps(written)
