@@ -5,10 +5,14 @@ CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MODEL ?= $(HF_EXT_SHARED_DATA)/stories260k
+ADAPTER ?= out/stories260k-mtp
+STEPS ?= 1000
 DEMO_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := $(BIN)/python benchmarks/mtp
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
@@ -49,11 +53,12 @@ format: $(VENV)/.dev  ## Format the code and fix what lint can fix.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## Run every benchmarks/bench_*.py, one after the other; BENCH_ARGS goes to each.
-	@set -e; for script in benchmarks/bench_*.py; do \
-		test -e "$$script" || { echo "no benchmarks/bench_*.py here" >&2; exit 1; }; \
-		echo "== $$script"; $(BIN)/python "$$script" $(BENCH_ARGS); \
-	done
+bench: $(VENV)/.dev  ## Measure what benchmarks/README.md lists; MODEL=... ADAPTER=... name a model and its adapter.
+	$(BENCH)/prompts.py --model $(MODEL) --training_text $(ADAPTER)
+	$(BENCH)/acceptance.py --model $(MODEL) --adapter $(ADAPTER) --training_text $(ADAPTER)
+	$(BENCH)/wall_clock.py --model $(MODEL) --adapter $(ADAPTER) --draft_model tiny-lm $(BENCH_ARGS)
+	$(BENCH)/training_step.py
+	$(BENCH)/ablations.py --model $(MODEL) --training_text $(ADAPTER) --steps $(STEPS)
 
 clean:  ## Remove the environment and what was built.
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

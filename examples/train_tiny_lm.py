@@ -7,9 +7,8 @@ The teacher is karpathy's stories260K (MIT, https://huggingface.co/karpathy/tiny
    which says more per token than the sampled token alone.
 2. A small model that says its most likely words for long goes round in circles. So the teacher writes again, at temperature
    0.5 and never the same eight tokens twice, and the student learns that text as it stands.
-3. The student writes greedily itself, and what it says twice is made less likely (unlikelihood training,
-   https://huggingface.co/papers/1908.04319), in a few rounds beside more of the calm text. This is what makes its greedy
-   output worth reading.
+3. The teacher continues openings greedily, again never saying the same eight tokens twice, and the student learns these
+   continuations: what to say next where its own most likely words would close the circle.
 
 Two cores, one hour in all; each stage leaves its text and its model, and a second call goes on where the first stopped:
 
@@ -45,11 +44,6 @@ class RecipeArguments:
     calm_story_length: int = field(default=256, metadata={"help": "Tokens of each, the first included."})
     calm_epochs: float = field(default=2.0, metadata={"help": "Epochs of the second stage."})
     calm_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the second stage."})
-    unlikelihood_rounds: int = field(default=2, metadata={"help": "Rounds of the third stage."})
-    texts_per_round: int = field(default=2_048, metadata={"help": "Greedy texts that the student writes in each."})
-    unlikelihood_weight: float = field(default=0.5, metadata={"help": "Weight beside the cross-entropy."})
-    unlikelihood_learning_rate: float = field(default=2e-4, metadata={"help": "Learning rate of the third stage."})
-    repeated_length: int = field(default=8, metadata={"help": "As many tokens said twice count as a repetition."})
     hidden_size: int = field(default=96, metadata={"help": "Width of the student."})
     intermediate_size: int = field(default=256, metadata={"help": "Width of the student's MLP."})
     num_hidden_layers: int = field(default=6, metadata={"help": "Depth of the student."})
@@ -119,44 +113,25 @@ def new_student(recipe, teacher, tokenizer):
     )
 
 
-class UnlikelihoodTrainer(Trainer):
-    def __init__(self, *args, weight, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.weight = weight
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        calm, greedy, repeated = inputs["input_ids"], inputs["greedy_ids"], inputs["repeated"][:, 1:]
-        outputs = model(input_ids=torch.cat([calm, greedy]))
-        log_probabilities = outputs.logits[:, :-1].log_softmax(-1)
-        said = log_probabilities.gather(-1, torch.cat([calm, greedy])[:, 1:, None]).squeeze(-1)
-        of_calm, of_greedy = said.split(len(calm))
-        unlikelihood = -torch.log1p(-of_greedy.exp().clamp(max=1 - 1e-5)) * repeated
-        loss = -of_calm.mean() + self.weight * unlikelihood.sum() / repeated.sum().clamp(min=1)
-        return (loss, outputs) if return_outputs else loss
-
-
-def is_repeated(tokens, length):
-    """1 at each token that ends a run of `length` tokens said before in the same text."""
-    seen, marks = set(), []
-    for end in range(1, len(tokens) + 1):
-        run = tuple(tokens[max(0, end - length) : end])
-        marks.append(float(run in seen))
-        seen.add(run)
-    return marks
-
-
-def unlikelihood_round(student, tokenizer, stories, recipe, args, number):
-    """The student continues openings greedily and unlearns what it says twice."""
-    calm = stories.shuffle(seed=args.seed + number).select(range(recipe.texts_per_round))
-    openings = [row["input_ids"][: 8 + i % 32] for i, row in enumerate(calm)]
-    width = recipe.calm_story_length
-    texts = generate_completions(student, tokenizer, openings, batch_size=256, max_new_tokens=width - 40)["input_ids"]
-    marks = [is_repeated(text, recipe.repeated_length) for text in texts]
-    print(f"round {number}: {sum(map(sum, marks)) / sum(map(len, marks)):.1%} of the tokens repeat")
-    calm = calm.add_column(
-        "greedy_ids", [text + [tokenizer.pad_token_id or 0] * (width - len(text)) for text in texts]
+def continue_openings(teacher, tokenizer, path, stories, width):
+    """Openings of 8 to 39 tokens with the teacher's greedy continuation, which alone is learned."""
+    openings = [row["input_ids"][: 8 + i % 32] for i, row in enumerate(stories)]
+    texts = generate_completions(
+        teacher,
+        tokenizer,
+        openings,
+        output_file=path,
+        batch_size=256,
+        max_new_tokens=width - 40,
+        no_repeat_ngram_size=8,
     )
-    return calm.add_column("repeated", [row + [0.0] * (width - len(row)) for row in marks])
+
+    def padded(row):
+        missing = width - len(row["input_ids"])
+        labels = [token if own else -100 for token, own in zip(row["input_ids"], row["completion_mask"], strict=True)]
+        return {"input_ids": row["input_ids"] + [0] * missing, "labels": labels + [-100] * missing}
+
+    return texts.map(padded, remove_columns="completion_mask")
 
 
 def main(recipe: RecipeArguments, args: TinyLmArguments):
@@ -200,16 +175,11 @@ def main(recipe: RecipeArguments, args: TinyLmArguments):
         trainer.model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.bos_token_id]
         trainer.save_model()
 
-    student = AutoModelForCausalLM.from_pretrained(second_stage)
-    stage_args = replace(args, num_train_epochs=1, learning_rate=recipe.unlikelihood_learning_rate, save_strategy="no")
-    stage_args = replace(stage_args, remove_unused_columns=False)
-    # A pull on every text the student writes: at the rate of the stage before, it soon writes nothing that reads.
-    for number in range(recipe.unlikelihood_rounds):
-        texts = unlikelihood_round(student, tokenizer, stories, recipe, args, number)
-        trainer = UnlikelihoodTrainer(
-            model=student, args=stage_args, train_dataset=texts, weight=recipe.unlikelihood_weight, **common
-        )
-        trainer.train()
+    texts = continue_openings(teacher, tokenizer, folder / "continuations.jsonl", stories, recipe.calm_story_length)
+    trainer = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(second_stage), args=stage_args, train_dataset=texts, **common
+    )
+    trainer.train()
     trainer.save_model()
 
 
