@@ -207,6 +207,9 @@ class SpeculativeForward:
     def _positions(self, plan: _Plan, past: int) -> torch.Tensor:
         start = past - self.num_padding
         positions = plan.position + start
+        if start < 0:
+            # Padding tokens: nobody sees them, but a learned table has to have an entry for them.
+            positions = positions.clamp(min=0)
         if self.max_position is not None and start + plan.last_position >= self.max_position:
             # Tokens keep their positions, as in plain decoding. Masks that would stand behind the last position share
             # it: a learned table has no entry there, and dynamic rope would change its frequencies for everyone.

@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapter_weights import check_adapter_weights
 from .configuration import GatedLoraConfig
 from .generation import add_mtp_generation, remove_mtp_generation
 from .sampler import Gate, MtpHead
@@ -223,38 +224,6 @@ class GatedLoraModel(LoraModel):
         expected = {key for key in model.state_dict() if ".lora_" in key and f".{adapter_name}" in key}
         check_adapter_weights(remapped, expected)
         return remapped
-
-
-def check_adapter_weights(weights: dict[str, torch.Tensor], expected: set[str]) -> None:
-    """
-    Refuses weights of an adapter that are incomplete or not numbers: half an adapter would still generate the right
-    text, only slowly, and nobody would look for the reason.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`):
-            What was read.
-        expected (`set[str]`):
-            Names of the adapter's tensors.
-
-    Raises:
-        ValueError: naming up to three of the tensors that are missing or hold NaN or infinity.
-    """
-    missing = sorted(expected - weights.keys())
-    if missing:
-        raise ValueError(
-            f"The adapter's file lacks {len(missing)} of {len(expected)} tensors ({_some(missing)}): it is truncated or "
-            "belongs to another architecture. Download or save it again."
-        )
-    broken = sorted(name for name, tensor in weights.items() if name in expected and not tensor.isfinite().all())
-    if broken:
-        raise ValueError(
-            f"The adapter's file holds NaN or infinity in {len(broken)} tensors ({_some(broken)}): training diverged or "
-            "the file is damaged."
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _check_base(model: nn.Module, config: GatedLoraConfig) -> None:

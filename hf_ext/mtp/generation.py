@@ -12,6 +12,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from hf_ext.hub.model_card import write_unless_written
 
+from .adapter_weights import check_loaded_adapter
 from .decoding import Emitter, SpeculativeForward
 from .lean_lora import lean_lora
 from .sampler import highest_probability
@@ -160,6 +161,13 @@ class MtpGenerationMixin(GenerationMixin):
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs({name: v for name, v in model_kwargs.items() if name not in OPTIONS})
 
+    @staticmethod
+    def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        # What `load_adapter` calls when it has injected the adapter, and with it this class.
+        loaded = super()._load_pretrained_model(model, *args, **kwargs)
+        check_loaded_adapter(model, loaded[0])
+        return loaded
+
     def _sample(
         self,
         input_ids: torch.Tensor,
@@ -190,6 +198,7 @@ class MtpGenerationMixin(GenerationMixin):
         num_masks = self.mtp_head.lora_mask_vectors[adapter].shape[0]
         options = SpeculationOptions.resolve(num_masks, generation_config, call_options)
         _check_call(input_ids, generation_config, synced_gpus, model_kwargs)
+        _check_positions(self.config.get_text_config(decoder=True), generation_config, num_masks)
         emitter = Emitter(
             input_ids,
             logits_processor,
@@ -354,6 +363,25 @@ def _check_call(
     for name in ("output_attentions", "output_hidden_states"):
         if generation_config.return_dict_in_generate and getattr(generation_config, name):
             raise ValueError(f"`{name}=True`: a step has masks and rejected guesses in them. {plain}")
+
+
+def _check_positions(config: Any, generation_config: GenerationConfig, num_masks: int) -> None:
+    """
+    Rope types that stretch with the text rotate the keys of a token by the length of the pass that it is in, so tokens
+    verified together get other states than one by one. Up to the length where they begin to stretch they are exact.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    types = {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))}
+    stretching = sorted(types & {"dynamic", "longrope"})
+    if not stretching:
+        return
+    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if generation_config.max_length + num_masks >= limit:
+        raise ValueError(
+            f"Rope of type '{stretching[0]}' changes with the length of the text from position {limit} on, so guesses "
+            f"can't be verified exactly there; prompt, new tokens and masks reach {generation_config.max_length} + "
+            f"{num_masks}. Lower `max_new_tokens`, or generate inside `with model.disable_adapter():`."
+        )
 
 
 def _num_left_padding(attention_mask: torch.Tensor | None) -> int:

@@ -232,23 +232,20 @@ class MtpTrainer(SFTTrainer):
         )
         card.save(Path(self.args.output_dir) / "README.md")
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.args.eval_decoding_prompts and hasattr(dataset, "select"):
-            figure = self._decode(dataset)
-            if figure is not None:
-                self._metrics["eval"]["decoded_tokens_per_step"] = [figure]
-        return super().evaluate(eval_dataset, *args, **kwargs)
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        # A streamed dataset can be read once only.
+        if self.args.eval_decoding_prompts and hasattr(dataloader.dataset, "select"):
+            self._metrics["eval"]["decoded_tokens_per_step"] = [self._decode(dataloader.dataset)]
+        return output
 
-    def _decode(self, dataset: Any) -> float | None:
+    def _decode(self, dataset: Any) -> float:
         """Tokens per step over the first prompts of a prepared dataset, by the decoding that users get."""
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
         tokens = steps = 0
         for row in dataset.select(range(min(self.args.eval_decoding_prompts, len(dataset)))):
-            if "input_ids" not in row:
-                return None
             first_label = next((i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX), 0)
             prompt = row["input_ids"][: first_label or self.args.eval_prompt_length]
             input_ids = torch.tensor([prompt], device=self.args.device)
@@ -262,4 +259,4 @@ class MtpTrainer(SFTTrainer):
             tokens += output.sequences.shape[1] - len(prompt)
             steps += int(output.num_steps)
         model.train(was_training)
-        return tokens / steps if steps else None
+        return tokens / max(1, steps)
