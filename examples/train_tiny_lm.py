@@ -1,14 +1,12 @@
 """
 Trains `tiny-lm`, the language model that ships in `hf_ext/assets`, from nothing but a teacher's text.
 
-The teacher is karpathy's stories260K (MIT, https://huggingface.co/karpathy/tinyllamas) in transformers format. Three stages:
+The teacher is karpathy's stories260K (MIT, https://huggingface.co/karpathy/tinyllamas) in transformers format. Two stages:
 
 1. The teacher writes stories at temperature 0.8, and the student learns the teacher's own distribution at every position,
    which says more per token than the sampled token alone.
 2. A small model that says its most likely words for long goes round in circles. So the teacher writes again, at temperature
    0.5 and never the same eight tokens twice, and the student learns that text as it stands.
-3. The teacher continues openings greedily, again never saying the same eight tokens twice, and the student learns these
-   continuations: what to say next where its own most likely words would close the circle.
 
 Two cores, one hour in all; each stage leaves its text and its model, and a second call goes on where the first stopped:
 
@@ -113,27 +111,6 @@ def new_student(recipe, teacher, tokenizer):
     )
 
 
-def continue_openings(teacher, tokenizer, path, stories, width):
-    """Openings of 8 to 39 tokens with the teacher's greedy continuation, which alone is learned."""
-    openings = [row["input_ids"][: 8 + i % 32] for i, row in enumerate(stories)]
-    texts = generate_completions(
-        teacher,
-        tokenizer,
-        openings,
-        output_file=path,
-        batch_size=256,
-        max_new_tokens=width - 40,
-        no_repeat_ngram_size=8,
-    )
-
-    def padded(row):
-        missing = width - len(row["input_ids"])
-        labels = [token if own else -100 for token, own in zip(row["input_ids"], row["completion_mask"], strict=True)]
-        return {"input_ids": row["input_ids"] + [0] * missing, "labels": labels + [-100] * missing}
-
-    return texts.map(padded, remove_columns="completion_mask")
-
-
 def main(recipe: RecipeArguments, args: TinyLmArguments):
     teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(recipe.teacher)
@@ -162,24 +139,12 @@ def main(recipe: RecipeArguments, args: TinyLmArguments):
     )  # fmt: skip
     stories = stories.map(lambda row: {"labels": row["input_ids"]})
     stage_args = replace(args, num_train_epochs=recipe.calm_epochs, learning_rate=recipe.calm_learning_rate)
-    second_stage = folder / "second-stage"
-    if not (second_stage / "model.safetensors").exists():
-        trainer = Trainer(
-            model=AutoModelForCausalLM.from_pretrained(first_stage),
-            args=replace(stage_args, output_dir=str(second_stage)),
-            train_dataset=stories,
-            **common,
-        )
-        trainer.train()
-        # The teacher ends a story by beginning another.
-        trainer.model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.bos_token_id]
-        trainer.save_model()
-
-    texts = continue_openings(teacher, tokenizer, folder / "continuations.jsonl", stories, recipe.calm_story_length)
     trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(second_stage), args=stage_args, train_dataset=texts, **common
+        model=AutoModelForCausalLM.from_pretrained(first_stage), args=stage_args, train_dataset=stories, **common
     )
     trainer.train()
+    # The teacher ends a story by beginning another.
+    trainer.model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.bos_token_id]
     trainer.save_model()
 
 
