@@ -103,6 +103,20 @@ def test_two_passes_equal_the_interleaved_pass(kind, attention):
                 torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_drafting_says_what_the_trained_sampler_says(residual):
+    """`draft` spells `sample_states` out; fed its own guesses one by one, the sampler gives the same ones."""
+    base = adapted(tiny(), sampler_residual=residual).base_model.model
+    head, embed, unembed = base.mtp_head, base.get_input_embeddings(), base.get_output_embeddings()
+    states, token = torch.randn(NUM_MASKS, 16), torch.tensor([5])
+    guesses, probabilities = head.draft("default", token, states, embed, unembed)
+    for state, guess, probability in zip(states.split(1), guesses, probabilities, strict=True):
+        said = unembed(head.sample_states("default", embed(token), state)).softmax(-1)
+        token = said.argmax(-1)
+        assert token == guess
+        torch.testing.assert_close(said.max(), probability)
+
+
 def tokenizer():
     words = {word: i for i, word in enumerate(["<pad>", "</s>", *"abcdefghijklmnopqr"])}
     inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
