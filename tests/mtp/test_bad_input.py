@@ -147,7 +147,7 @@ class TestConfiguration:
 
     def test_task_type(self) -> None:
         """Another task."""
-        with pytest.raises(ValueError, match="`task_type` must be 'CAUSAL_LM' .* got 'SEQ_CLS'"):
+        with pytest.raises(ValueError, match=r"`task_type` must be 'CAUSAL_LM' .* got 'SEQ_CLS'"):
             GatedLoraConfig(task_type="SEQ_CLS")
 
     @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ class TestFiles:
         file = damaged / "adapter_model.safetensors"
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
-        with pytest.raises(Exception, match="(?i)incomplete|truncated"):
+        with pytest.raises(Exception, match=r"(?i)incomplete|truncated"):
             load(base_folder, damaged)
 
     @WAYS

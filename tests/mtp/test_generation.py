@@ -226,26 +226,28 @@ def test_one_certain_guess_per_step() -> None:
     assert output.step_lengths == [[1, 5, 5, 5]]
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    base, adapter = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
+    tiny_model().save_pretrained(base)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), gated_config(sampler_residual=False))
+    randomise(model)
+    make_skilled(model)
+    model.save_pretrained(adapter)
+    return base, adapter
+
+
+@pytest.fixture(scope="module")
+def expected(folders: tuple[Path, Path]) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(folders[0])
+    tokens = base.generate(random_prompt(7), max_new_tokens=30, do_sample=False)
+    steps = details(PeftModel.from_pretrained(base, folders[1]), random_prompt(7), max_new_tokens=30).step_lengths
+    assert len(steps[0]) < 25
+    return tokens.tolist(), steps
+
+
 class TestWaysIn:
     """The same text, and the same steps, by every way to an adapted model."""
-
-    @pytest.fixture(scope="class")
-    def folders(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-        base, adapter = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
-        tiny_model().save_pretrained(base)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), gated_config(sampler_residual=False))
-        randomise(model)
-        make_skilled(model)
-        model.save_pretrained(adapter)
-        return base, adapter
-
-    @pytest.fixture(scope="class")
-    def expected(self, folders: tuple[Path, Path]) -> Any:
-        base = AutoModelForCausalLM.from_pretrained(folders[0])
-        tokens = base.generate(random_prompt(7), max_new_tokens=30, do_sample=False)
-        steps = details(PeftModel.from_pretrained(base, folders[1]), random_prompt(7), max_new_tokens=30).step_lengths
-        assert len(steps[0]) < 25
-        return tokens.tolist(), steps
 
     def check(self, model: Any, expected: Any, **kwargs: Any) -> None:
         output = details(model, random_prompt(7), max_new_tokens=30, **kwargs)
