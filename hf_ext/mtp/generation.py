@@ -372,7 +372,7 @@ def _check_positions(config: Any, generation_config: GenerationConfig, num_masks
     """
     rope = getattr(config, "rope_parameters", None) or {}
     types = {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))}
-    stretching = sorted(types & {"dynamic", "longrope"})
+    stretching = sorted(str(kind) for kind in types & {"dynamic", "longrope"})
     if not stretching:
         return
     limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
