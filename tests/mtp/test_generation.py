@@ -181,6 +181,50 @@ def test_steps_add_up(llama: PreTrainedModel, strategy: str, count: int) -> None
         assert output.tokens_per_step.tolist() == pytest.approx([33 / len(lengths)])
 
 
+def reference_guesses(model: Any, tokens: list[int], chosen: int, num_masks: int, use_sampler: bool) -> list[int]:
+    """What is guessed to follow `chosen` behind `tokens`: all tokens and one block of masks in an ordinary causal pass."""
+    head = model.mtp_head
+    embed, unembed = model.get_input_embeddings(), model.get_output_embeddings()
+    vectors = head.lora_mask_vectors["default"][None, :num_masks]
+    with torch.no_grad(), head.gate.open(num_masks):
+        inputs = torch.cat([embed(torch.tensor([tokens])), vectors], dim=1)
+        states = model.get_decoder()(inputs_embeds=inputs).last_hidden_state[0, len(tokens) :]
+        guesses = []
+        for state in states:
+            if use_sampler:
+                state = head.sample_states("default", embed(torch.tensor([chosen])), state[None])[0]
+            chosen = int(unembed(state).argmax())
+            guesses.append(chosen)
+    return guesses
+
+
+@pytest.mark.parametrize("use_sampler", [True, False])
+@pytest.mark.parametrize("strategy", ["quadratic", "linear"])
+@pytest.mark.parametrize("shape", ["llama", "mistral", "qwen2", "gpt2"])
+def test_steps_are_those_of_the_paper(shape: str, strategy: str, use_sampler: bool) -> None:
+    """Each step verifies what one block of masks behind the tokens known by then guesses, computed from nothing."""
+    model = skilled_model(shape).double()
+    with torch.no_grad():
+        # Guesses that depend on the masks too.
+        weight = model.mtp_head.lora_sampler_in["default"].weight
+        weight[:, weight.shape[0] :].normal_(std=0.5)
+    prompt, total, count = random_prompt(9), 30, 3
+    call = {"num_speculative_tokens": count, "speculation_strategy": strategy, "use_sampler": use_sampler}
+    output = details(model, prompt, max_new_tokens=total, **call)
+    text, known = plain(model, prompt, max_new_tokens=total)[0].tolist(), prompt.shape[1]
+    guesses: list[int] = []
+    steps = []
+    while known < len(text):
+        accepted = 0
+        while accepted < len(guesses) and text[known + accepted : known + accepted + 1] == [guesses[accepted]]:
+            accepted += 1
+        steps.append(min(accepted + 1, len(text) - known))
+        has_masks = strategy == "quadratic" or accepted == len(guesses)
+        known += steps[-1]
+        guesses = reference_guesses(model, text[: known - 1], text[known - 1], count, use_sampler) if has_masks else []
+    assert output.step_lengths == [steps]
+
+
 def test_forward_passes_are_steps(llama: PreTrainedModel) -> None:
     """`num_steps` counts what it costs: no pass of the model beside the steps for a prompt that the first step takes."""
     calls = []

@@ -205,7 +205,7 @@ class TestProcessors:
             assert torch.allclose(torch.cat(plain_wave.scores), torch.cat(our_wave.scores), atol=1e-4)
 
     def test_processor_in_place(self, model: PreTrainedModel) -> None:
-        """One that writes into the logits that it gets spoils neither `output_logits` nor the next token."""
+        """One that writes into the logits that it gets changes this token's row alone."""
 
         class InPlace(LogitsProcessor):
             def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
