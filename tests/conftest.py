@@ -14,7 +14,8 @@ import pytest
 # of each starting one thread per core.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_variable, str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+    _per_worker = str(max(1, (os.cpu_count() or 1) // _WORKERS))
+    os.environ.setdefault(_variable, os.environ.get("OMP_NUM_THREADS", _per_worker))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # huggingface_hub reads it once, when it is imported. HF_HUB_OFFLINE stays unset: the tests talk to a Hub of their own.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -10,10 +10,20 @@ MODULES = ["hub.model_card", "mtp.configuration", "mtp.gated_lora", "mtp.generat
 MODULES += ["mtp.on_policy", "mtp.trainer"]
 
 
+class FencedParser(doctest.DocTestParser):
+    """Takes the fence that ends an example, in Hugging Face's style, for its end and not for its output."""
+
+    def parse(self, string, name="<string>"):
+        return super().parse(string.replace("```python", "").replace("```", ""), name)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name, tmp_path, monkeypatch):
     """Each module has at least one example and none fails."""
     monkeypatch.chdir(tmp_path)
-    result = doctest.testmod(importlib.import_module(f"hf_ext.{name}"), optionflags=doctest.ELLIPSIS)
-    assert result.attempted > 0
-    assert result.failed == 0
+    module = importlib.import_module(f"hf_ext.{name}")
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for test in doctest.DocTestFinder(parser=FencedParser()).find(module, f"hf_ext.{name}"):
+        runner.run(test)
+    assert runner.tries > 0
+    assert runner.failures == 0
