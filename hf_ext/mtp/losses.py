@@ -31,12 +31,11 @@ def token_cross_entropy(
     Returns:
         `torch.FloatTensor` of shape `(...)`.
     """
-    # In fp32, as transformers' own losses: a bf16 log-softmax over a large vocabulary loses the tail.
-    logits = logits.float()
+    logits = _at_least_single(logits)
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     loss = loss.view(labels.shape)
     if teacher_logits is not None and soft_target_weight > 0:
-        soft = -(teacher_logits.float().softmax(-1) * logits.log_softmax(-1)).sum(-1)
+        soft = -(_at_least_single(teacher_logits).softmax(-1) * logits.log_softmax(-1)).sum(-1)
         loss = torch.lerp(loss, soft.masked_fill(labels == IGNORE_INDEX, 0.0), soft_target_weight)
     return loss
 
@@ -58,7 +57,7 @@ def latent_consistency(mask_states: torch.Tensor, token_states: torch.Tensor) ->
     Returns:
         `torch.FloatTensor` of shape `(...)`.
     """
-    return (mask_states.float() - token_states.detach().float()).square().mean(dim=-1)
+    return (_at_least_single(mask_states) - _at_least_single(token_states.detach())).square().mean(dim=-1)
 
 
 def leading_agreement(agrees: torch.Tensor) -> torch.Tensor:
@@ -80,3 +79,8 @@ def leading_agreement(agrees: torch.Tensor) -> torch.Tensor:
     ```
     """
     return agrees.long().cumprod(dim=-1).sum(dim=-1)
+
+
+def _at_least_single(tensor: torch.Tensor) -> torch.Tensor:
+    """In fp32, as transformers' own losses: a bf16 log-softmax over a large vocabulary loses the tail."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
