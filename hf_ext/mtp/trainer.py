@@ -103,6 +103,8 @@ class MtpTrainer(SFTTrainer):
             **kwargs,
         )
         self.num_masks = self._tuned.peft_config[self._tuned.active_adapters[0]].num_masks
+        # Of every figure since the last log: the sum, and the number of masks or anchors that it is over.
+        self._totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
 
     @property
     def _tuned(self) -> GatedLoraModel:
@@ -177,25 +179,33 @@ class MtpTrainer(SFTTrainer):
 
     @torch.no_grad()
     def _record(self, mode: str, inputs: dict[str, torch.Tensor], outputs: Any, sums: dict[str, torch.Tensor]) -> None:
-        metrics = self._metrics[mode]
         gather = self.accelerator.gather_for_metrics
-        valid = outputs.valid.sum((0, 1))
-        totals = gather(torch.stack([value.detach() for value in sums.values()] + [valid.sum().float()])[None]).sum(0)
-        for name, total in zip(sums, totals, strict=False):
-            metrics[name].append((total / totals[-1].clamp(min=1)).item())
+        valid = outputs.valid.sum((0, 1)).float()
+        # Each a sum and what it is over.
+        pairs = {name: torch.stack([value.detach().float(), valid.sum()]) for name, value in sums.items()}
         if outputs.sampler_agrees is not None:
+            agrees = outputs.sampler_agrees.sum((0, 1)).float()
+            for slot in range(self.num_masks):
+                pairs[f"agreement_{slot + 1}"] = torch.stack([agrees[slot], valid[slot]])
             complete = outputs.valid.all(-1)
             steps = (1 + leading_agreement(outputs.sampler_agrees)) * complete
-            counts = torch.cat([outputs.sampler_agrees.sum((0, 1)), valid, steps.sum()[None], complete.sum()[None]])
-            counts = gather(counts[None]).sum(0).float()
-            agrees, valid, (steps, complete) = counts.split([self.num_masks, self.num_masks, 2])
-            for slot, share in enumerate((agrees / valid.clamp(min=1)).tolist(), start=1):
-                metrics[f"agreement_{slot}"].append(share)
-            if complete > 0:
-                metrics["expected_tokens_per_step"].append((steps / complete).item())
+            pairs["expected_tokens_per_step"] = torch.stack([steps.sum(), complete.sum()]).float()
+        for name, pair in zip(pairs, gather(torch.stack(list(pairs.values()))[None]).sum(0), strict=True):
+            self._totals[mode][name] = self._totals[mode].get(name, 0) + pair
         if mode == "train":
             self._total_train_tokens += gather(inputs["attention_mask"].sum()).sum().item()
-        metrics["num_tokens"] = [self._total_train_tokens]
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _figures(self, mode: str) -> dict[str, float]:
+        """Averages since the last call, over all masks, however these were spread over batches."""
+        totals, self._totals[mode] = self._totals[mode], {}
+        pairs = {name: pair.tolist() for name, pair in totals.items()}
+        return {name: total / count for name, (total, count) in pairs.items() if count > 0}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs.update(self._figures("train"))
+        super().log(logs, start_time)
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -211,7 +221,12 @@ class MtpTrainer(SFTTrainer):
         """Writes the adapter's card, with what it was trained on and what it reached, into the output folder."""
         if not self.is_world_process_zero():
             return
-        measured = [entry for entry in self.state.log_history if "eval_decoded_tokens_per_step" in entry]
+        measured = [
+            value
+            for entry in self.state.log_history
+            for name, value in entry.items()
+            if name.endswith("decoded_tokens_per_step")
+        ]
         facts = {
             "trained with": f"{type(self).__name__}, hf_ext, TRL, PEFT, transformers",
             "training text": dataset_name,
@@ -219,9 +234,7 @@ class MtpTrainer(SFTTrainer):
             "sequences per step": self.args.train_batch_size
             * self.args.gradient_accumulation_steps
             * self.args.world_size,
-            "tokens per step on the evaluation set": measured[-1]["eval_decoded_tokens_per_step"]
-            if measured
-            else None,
+            "tokens per step on the evaluation set": measured[-1] if measured else None,
         }
         repo_id = self.args.hub_model_id or model_name or Path(self.args.output_dir).name
         card = mtp_model_card(
@@ -232,11 +245,23 @@ class MtpTrainer(SFTTrainer):
         )
         card.save(Path(self.args.output_dir) / "README.md")
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        figures = self._figures("eval")
         # A streamed dataset can be read once only.
         if self.args.eval_decoding_prompts and hasattr(dataloader.dataset, "select"):
-            self._metrics["eval"]["decoded_tokens_per_step"] = [self._decode(dataloader.dataset)]
+            figures["decoded_tokens_per_step"] = self._decode(dataloader.dataset)
+        # Under the name of the evaluation set where there are several.
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 
     def _decode(self, dataset: Any) -> float:

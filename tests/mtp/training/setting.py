@@ -15,7 +15,7 @@ from mtp.models import VOCAB_SIZE, tiny_model
 NUM_MASKS = 3
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<user>", "<assistant>"]
 PAD, EOS, USER, ASSISTANT = range(4)
-WORDS = "a b c d e f g h i j k l m n o p".split()
+WORDS = list("abcdefghijklmnop")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
