@@ -39,7 +39,7 @@ class MtpConfig(SFTConfig):
             The paper's.
         lr_scheduler_type (`str`, *optional*, defaults to `"constant_with_warmup"`):
             The paper's.
-        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+        gradient_checkpointing (`bool`, *optional*):
             Off by default, unlike in SFT: only masks carry gradients.
 
     Raises:
@@ -63,8 +63,9 @@ class MtpConfig(SFTConfig):
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "Initial learning rate of AdamW."})
     lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Learning rate schedule."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute mask activations in the backward pass, in chunks of anchors."}
+    # Not False: transformers takes a value for the use of a deprecated name.
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute mask activations in the backward pass, in chunks of anchors."}
     )
 
     def __post_init__(self) -> None:
