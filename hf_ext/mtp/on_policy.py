@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def generate_completions(
@@ -52,7 +54,8 @@ def generate_completions(
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Hides the progress bar.
         generate_kwargs:
-            Handed to `generate`: `max_new_tokens=256, do_sample=True, temperature=0.8, ...`. Greedy by default.
+            Handed to `generate`: `max_new_tokens=256, do_sample=True, temperature=0.8, ...`. Greedy by default,
+            unless there is a `generation_config` among them.
 
     Returns:
         [`~datasets.Dataset`]: in the order of `prompts`, with the columns `input_ids` (prompt and completion) and
@@ -83,7 +86,6 @@ def generate_completions(
     batches = _batches_of_like_length(prompt_ids, batch_size)
     digest = hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()[:16]
     done = _Journal.open(output_file, {"prompts": digest, "batch_size": batch_size, "seed": seed, **generate_kwargs})
-    generate_kwargs = {"do_sample": False, **generate_kwargs}
 
     completions: dict[int, list[int]] = {}
     was_training = model.training
@@ -134,21 +136,65 @@ def _complete(
     pad = processing_class.pad_token_id if processing_class.pad_token_id is not None else 0
     input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    config = generate_kwargs.get("generation_config")
+    if config is None:
+        generate_kwargs = {"do_sample": False, "pad_token_id": pad, **generate_kwargs}
+    elif config.pad_token_id is None:
+        generate_kwargs = {**generate_kwargs, "generation_config": _with_padding(config, pad)}
+    stops = _Stops(model, processing_class, generate_kwargs)
+    if len(stops.criteria):
+        generate_kwargs = {"tokenizer": processing_class, **generate_kwargs, "stopping_criteria": [stops]}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        sequences = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, pad_token_id=pad, **generate_kwargs
-        )
-    ends = generate_kwargs.get("eos_token_id", model.generation_config.eos_token_id)
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    return [_through_first(row, ends) for row in sequences[:, width:].tolist()]
+        sequences = model.generate(input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs)
+    return [stops.cut(row, tokens) for row, tokens in enumerate(sequences[:, width:].tolist())]
 
 
-def _through_first(tokens: list[int], ends: set[int | None]) -> list[int]:
-    for i, token in enumerate(tokens):
-        if token in ends:
-            return tokens[: i + 1]
-    return tokens
+def _with_padding(config: GenerationConfig, pad: int) -> GenerationConfig:
+    config = copy.deepcopy(config)
+    config.pad_token_id = pad
+    return config
+
+
+class _Stops(StoppingCriteria):
+    """
+    Knows where each row stopped: behind that `generate` pads it until the last row of the batch has stopped. It runs
+    the criteria other than end tokens and lengths, which nothing in the sequences themselves tells of.
+    """
+
+    def __init__(self, model: PreTrainedModel, processing_class: Any, generate_kwargs: dict[str, Any]):
+        configs = [generate_kwargs.get("generation_config"), model.generation_config]
+
+        def setting(name: str) -> Any:
+            if name in generate_kwargs:
+                return generate_kwargs[name]
+            values = (getattr(config, name, None) for config in configs)
+            return next((value for value in values if value is not None), None)
+
+        ends = setting("eos_token_id")
+        self.ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+        self.criteria = StoppingCriteriaList(generate_kwargs.get("stopping_criteria") or ())
+        strings = setting("stop_strings")
+        if strings is not None:
+            tokenizer = generate_kwargs.get("tokenizer", processing_class)
+            self.criteria.append(StopStringCriteria(tokenizer, strings))
+        self.num_steps = 0
+        self.stopped: dict[int, int] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        stopped = self.criteria(input_ids, scores, **kwargs)
+        self.num_steps += 1
+        for row in stopped.nonzero().flatten().tolist():
+            self.stopped.setdefault(row, self.num_steps)
+        return stopped
+
+    def cut(self, row: int, tokens: list[int]) -> list[int]:
+        """The new tokens of a row up to and including the one that stopped it."""
+        tokens = tokens[: self.stopped.get(row)]
+        for i, token in enumerate(tokens):
+            if token in self.ends:
+                return tokens[: i + 1]
+        return tokens
 
 
 class _Journal:
