@@ -113,7 +113,7 @@ def two_pass_forward(
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
             The text again, [`IGNORE_INDEX`] where it carries no loss.
         anchors (`torch.LongTensor` of shape `(batch_size, A)`):
-            Tokens behind which masks are placed, -1 for none.
+            Different tokens behind which masks are placed, -1 for none.
         attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             0 on padding.
         soft_target_weight (`float`, *optional*, defaults to `0.0`):
@@ -179,8 +179,9 @@ def _mask_pass(
     (batch_size, length), num_masks, num_anchors = input_ids.shape, vectors.shape[0], anchors.shape[1]
     rows = torch.arange(batch_size, device=anchors.device)[:, None]
 
-    # An anchor that is none stands at the first token, so that its masks see something; its labels are ignored.
-    blocks = anchors.clamp(min=0)
+    # An anchor that is none has a block of its own before the text, where its masks see themselves and are seen by no
+    # other; its labels are ignored.
+    blocks = torch.where(anchors < 0, -1 - torch.arange(num_anchors, device=anchors.device), anchors)
     masks = layout.masks_behind(blocks, num_masks)
     keys = layout.tokens(0, length, anchors.device) + masks
     seen = torch.cat([attention_mask.bool(), attention_mask.new_ones(batch_size, masks.slot.shape[1]).bool()], dim=1)
@@ -194,7 +195,7 @@ def _mask_pass(
             model.get_decoder()(
                 inputs_embeds=vectors.to(token_states.dtype).repeat(num_anchors, 1).expand(batch_size, -1, -1),
                 attention_mask=allowed if len(allowed) > 1 else next(iter(allowed.values())),
-                position_ids=positions[rows, masks.block] + masks.slot,
+                position_ids=positions[rows, masks.block.clamp(min=0)] + masks.slot,
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -203,7 +204,7 @@ def _mask_pass(
 
     slot_labels = mask_labels(labels, anchors, num_masks)
     # The ordinary token with the position of slot j is x_(i+j): it precedes the label, and its state predicts it too.
-    twins = (blocks[..., None] + torch.arange(num_masks + 1, device=blocks.device)).clamp(max=length - 1)
+    twins = (blocks[..., None] + torch.arange(num_masks + 1, device=blocks.device)).clamp(0, length - 1)
     twin_states = token_states[rows[..., None], twins]
     twin_embeddings = embeddings(input_ids[rows[..., None], twins]).detach()
 

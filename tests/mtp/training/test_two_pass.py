@@ -16,8 +16,9 @@ from mtp.training.setting import NUM_MASKS, gated
 
 
 WINDOW = 4
-# The longer row is several times as long as the sliding window; each row has its own anchors, one of them none.
-ROWS = ((11, (0, 2, 5, 8, 9)), (7, (1, 2, 3, 6)))
+# The longer row is several times as long as the sliding window; each row has its own anchors, the first and the last
+# token among them, and the shorter row one less.
+ROWS = ((11, (0, 2, 5, 8, 10)), (7, (0, 2, 3, 6)))
 UNLABELLED = 2
 LOSSES = ("base_loss", "sampler_loss", "consistency_loss", "token_sampler_loss")
 
