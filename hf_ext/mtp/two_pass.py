@@ -190,12 +190,17 @@ def _mask_pass(
         for kind, window in attention_patterns(model.config.get_text_config(decoder=True)).items()
     }
 
+    # Masks behind the last position of the text have no label. They share that position: a learned table may have no
+    # entry beyond it, and dynamic rope would change its frequencies for everyone.
+    mask_positions = positions[rows, masks.block.clamp(min=0)] + masks.slot
+    mask_positions = mask_positions.minimum(positions.amax(dim=-1, keepdim=True))
+
     with head.gate.open(masks.slot.shape[1]):
         mask_states = (
             model.get_decoder()(
                 inputs_embeds=vectors.to(token_states.dtype).repeat(num_anchors, 1).expand(batch_size, -1, -1),
                 attention_mask=allowed if len(allowed) > 1 else next(iter(allowed.values())),
-                position_ids=positions[rows, masks.block.clamp(min=0)] + masks.slot,
+                position_ids=mask_positions,
                 past_key_values=cache,
                 use_cache=True,
             )

@@ -173,6 +173,33 @@ def test_two_passes_equal_the_interleaved_pass(shape, attention, side):
     assert_two_passes_are_one(adapted(shape, attention), side)
 
 
+def losses_at_full_length(base: PreTrainedModel, length: int) -> dict[str, torch.Tensor]:
+    """Those of anchors up to the last token that has a successor, whose masks but the first lack a label."""
+    ids = row_of(length)[0][None]
+    output = two_pass_forward(base, "default", ids, ids, torch.tensor([[3, length - 4, length - 2]]))
+    assert 0 < output.valid.sum() < output.valid.numel()
+    return {name: output[name] for name in LOSSES}
+
+
+def test_a_text_as_long_as_the_table_of_positions_trains():
+    """Masks that would stand behind its last entry have no label; the others learn as with a longer table."""
+    model, length = adapted("gpt2"), 16
+    base = model.base_model.model
+    expected = losses_at_full_length(base, length)
+    base.transformer.wpe = torch.nn.Embedding.from_pretrained(base.transformer.wpe.weight.detach()[:length])
+    torch.testing.assert_close(losses_at_full_length(base, length), expected)
+
+
+def test_a_text_of_full_length_does_not_stretch_dynamic_rope():
+    """Nothing with a label stands beyond the model's length, so frequencies are those of ordinary rope."""
+    stretching = tiny_model("llama-dynamic-rope", max_position_embeddings=16)
+    models = [get_peft_model(model, gated()).train() for model in (stretching, tiny_model("llama"))]
+    for model in models:
+        randomise(model, std=0.3)
+    found, expected = (losses_at_full_length(model.base_model.model, 16) for model in models)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("weight", [0.5, 1.0])
 def test_soft_targets_are_the_base_models_words(weight):
     """With them too the two passes equal the interleaved one."""
