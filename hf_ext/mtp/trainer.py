@@ -42,7 +42,9 @@ class MtpTrainer(SFTTrainer):
             As in [`~trl.SFTTrainer`].
 
     Raises:
-        TypeError: for a configuration of another PEFT method.
+        TypeError: for a configuration or an adapter of another PEFT method, and for a model with an adapter that is no
+            [`~peft.PeftModel`].
+        ValueError: for an adapter that was loaded for inference.
 
     Example:
 
@@ -91,6 +93,17 @@ class MtpTrainer(SFTTrainer):
             raise TypeError(f"`peft_config` must be a GatedLoraConfig, got {type(peft_config).__name__}.")
         if carries_adapter and not isinstance(model.base_model, GatedLoraModel):
             raise TypeError(f"`model` carries a {type(model.base_model).__name__}; masks need a gated LoRA adapter.")
+        if carries_adapter and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "The adapter of `model` was loaded for inference. Load it with "
+                "`PeftModel.from_pretrained(..., is_trainable=True)`."
+            )
+        if not carries_adapter and hasattr(model, "mtp_head"):
+            raise TypeError(
+                f"`model` is a {type(model).__name__} that carries an adapter already, which a new one would replace. Give "
+                "the PeftModel (`PeftModel.from_pretrained(model, ..., is_trainable=True)`) to train that adapter further, or "
+                "`peft_model.unload()` to start anew."
+            )
         columns = getattr(train_dataset, "column_names", None) or []
         if args.completion_only_loss is None and "completion_mask" in columns:
             args.completion_only_loss = True
@@ -259,29 +272,35 @@ class MtpTrainer(SFTTrainer):
         figures = self._figures("eval")
         # A streamed dataset can be read once only.
         if self.args.eval_decoding_prompts and hasattr(dataloader.dataset, "select"):
-            figures["decoded_tokens_per_step"] = self._decode(dataloader.dataset)
+            figures |= self._decode(dataloader.dataset)
         # Under the name of the evaluation set where there are several.
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 
-    def _decode(self, dataset: Any) -> float:
-        """Tokens per step over the first prompts of a prepared dataset, by the decoding that users get."""
+    def _decode(self, dataset: Any) -> dict[str, float]:
+        """Tokens per step over the first prompts of a dataset, by the decoding that users get."""
         model = self.accelerator.unwrap_model(self.model)
+        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         was_training = model.training
         model.eval()
         tokens = steps = 0
         for row in dataset.select(range(min(self.args.eval_decoding_prompts, len(dataset)))):
-            first_label = next((i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX), 0)
+            # As the collator has it: rows without labels are labels themselves.
+            labels = row.get("labels", row["input_ids"])
+            first_label = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), 0)
             prompt = row["input_ids"][: first_label or self.args.eval_prompt_length]
+            room = self.args.eval_decoding_tokens if longest is None else longest - len(prompt)
+            if room < 1:
+                continue
             input_ids = torch.tensor([prompt], device=self.args.device)
             output = model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=self.args.eval_decoding_tokens,
+                max_new_tokens=min(self.args.eval_decoding_tokens, room),
                 do_sample=False,
                 return_dict_in_generate=True,
             )
             tokens += output.sequences.shape[1] - len(prompt)
             steps += int(output.num_steps)
         model.train(was_training)
-        return tokens / max(1, steps)
+        return {"decoded_tokens_per_step": tokens / steps} if steps else {}

@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from hf_ext import MtpConfig, MtpTrainer
+from hf_ext import GatedLoraConfig, MtpConfig, MtpTrainer
 from hf_ext.mtp.losses import IGNORE_INDEX
 from mtp.models import VOCAB_SIZE, random_prompt, randomise
 from mtp.training.setting import (
@@ -362,6 +362,43 @@ def test_several_evaluation_sets_are_reported_side_by_side(tmp_path):
         assert any(f"eval_{name}_decoded_tokens_per_step" in entry for entry in trainer.state.log_history)
 
 
+def test_an_evaluation_ends_where_the_models_positions_do(tmp_path):
+    """Fewer tokens are decoded where the table of positions ends before, and none behind a prompt that fills it."""
+    for prompt_length, measured in ((5, True), (16, False)):
+        trainer = tiny_trainer(
+            tmp_path,
+            model=tiny_lm("gpt2", n_positions=16),
+            eval_dataset=texts(3, shortest=16, longest=16),
+            eval_prompt_length=prompt_length,
+            eval_decoding_tokens=100,
+        )
+        assert ("eval_decoded_tokens_per_step" in trainer.evaluate()) == measured
+
+
+def test_rows_that_are_prepared_already_are_decoded(tmp_path):
+    """With `skip_prepare_dataset` and no labels of their own."""
+    prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    trainer = tiny_trainer(tmp_path, eval_dataset=texts(3), **prepared)
+    assert trainer.evaluate()["eval_decoded_tokens_per_step"] >= 1
+
+
+def test_the_best_checkpoint_is_that_of_the_most_tokens_per_step(tmp_path):
+    """Figures of an evaluation serve to choose a checkpoint."""
+    trainer = tiny_trainer(
+        tmp_path,
+        eval_dataset=texts(3),
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_decoded_tokens_per_step",
+        greater_is_better=True,
+    )
+    trainer.train()
+    assert trainer.state.best_metric == max(logged(trainer, "eval_decoded_tokens_per_step"))
+
+
 def test_figures_do_not_depend_on_the_batches_of_an_evaluation(tmp_path):
     """Averages are over masks: a last batch of one row has no more say than its masks."""
     figures = []
@@ -471,6 +508,55 @@ def test_another_peft_method_is_refused(tmp_path):
         tiny_trainer(tmp_path, peft_config=LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(TypeError, match="LoraModel"):
         tiny_trainer(tmp_path, model=get_peft_model(tiny_lm(), LoraConfig(task_type="CAUSAL_LM")))
+
+
+def test_an_adapter_for_inference_is_refused(tmp_path):
+    """With how to load it for training, and so loaded it trains."""
+    get_peft_model(tiny_lm(), gated()).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        tiny_trainer(tmp_path, model=PeftModel.from_pretrained(tiny_lm(), tmp_path / "adapter"))
+    model = PeftModel.from_pretrained(tiny_lm(), tmp_path / "adapter", is_trainable=True)
+    trainer = tiny_trainer(tmp_path, model=model)
+    before = adapter_of(trainer)
+    trainer.train()
+    assert all(not torch.equal(weight, before[name]) for name, weight in adapter_of(trainer).items())
+
+
+def test_a_model_that_carries_an_adapter_unasked_is_refused(tmp_path):
+    """Loaded by transformers or left by another trainer, it would be replaced in silence; unloaded, the model is free."""
+    model = tiny_lm()
+    model.add_adapter(gated())
+    with pytest.raises(TypeError, match="PeftModel"):
+        tiny_trainer(tmp_path, model=model, peft_config=gated())
+    model = tiny_lm()
+    trainer = tiny_trainer(tmp_path, model=model)
+    with pytest.raises(TypeError, match="unload"):
+        tiny_trainer(tmp_path, model=model, peft_config=gated())
+    expected = adapter_of(trainer)
+    again = tiny_trainer(tmp_path, model=trainer.model.unload(), peft_config=gated())
+    assert adapter_of(again).keys() == expected.keys()
+
+
+def test_only_the_active_adapter_is_trained(tmp_path):
+    """Of several on one model, with its own number of masks."""
+    model = get_peft_model(tiny_lm(), gated())
+    model.add_adapter("other", gated(num_masks=2))
+    model.set_adapter("other")
+    trainer = tiny_trainer(tmp_path, model=model)
+    assert trainer.num_masks == 2
+    before = adapter_of(trainer)
+    trainer.train()
+    for name, weight in adapter_of(trainer).items():
+        assert torch.equal(weight, before[name]) == ("default" in name.split(".")), name
+
+
+def test_an_adapter_is_made_without_a_configuration(tmp_path):
+    """One with default settings."""
+    trainer = MtpTrainer(
+        model=tiny_lm(), args=settings(tmp_path), train_dataset=texts(), processing_class=tiny_tokenizer()
+    )
+    trainer.train()
+    assert trainer.num_masks == GatedLoraConfig().num_masks
 
 
 def test_other_arguments_are_refused(tmp_path):
