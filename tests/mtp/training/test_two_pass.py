@@ -344,6 +344,17 @@ def test_dropout_is_drawn_again_alike_in_a_chunk():
     torch.testing.assert_close(found[1], found[0])
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_that_of_lora_in_training(training):
+    """Two passes differ then and only then; the base model's own dropout is never drawn, so token losses are the same."""
+    model = get_peft_model(tiny_model(attention_dropout=0.5), gated(lora_dropout=0.5))
+    randomise(model)
+    base = model.train(training).base_model.model
+    one, other = (two_pass_forward(base, "default", **batch_of("right")) for _ in range(2))
+    assert torch.equal(one.token_sampler_loss, other.token_sampler_loss)
+    assert torch.equal(one.base_loss, other.base_loss) != training
+
+
 def test_an_attention_without_masks_is_refused():
     """By its name, with what to do."""
     model = adapted()
