@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -39,12 +39,13 @@ class MtpTrainer(SFTTrainer):
         peft_config ([`GatedLoraConfig`], *optional*):
             The adapter to make; by default one with default settings unless `model` has one.
         train_dataset, eval_dataset, processing_class, callbacks, optimizers and the rest:
-            As in [`~trl.SFTTrainer`].
+            As in [`~trl.SFTTrainer`], except for what masks have no use for: `compute_metrics`,
+            `preprocess_logits_for_metrics` and `compute_loss_func`.
 
     Raises:
         TypeError: for a configuration or an adapter of another PEFT method, and for a model with an adapter that is no
             [`~peft.PeftModel`].
-        ValueError: for an adapter that was loaded for inference.
+        ValueError: for an adapter that was loaded for inference, and for functions of logits, which it would never call.
 
     Example:
 
@@ -72,6 +73,13 @@ class MtpTrainer(SFTTrainer):
     loss_is_scaled_for_ga = True
 
     args: MtpConfig
+
+    # What transformers would call with logits that the losses over masks never put together, and the way out.
+    _functions_of_logits: ClassVar[dict[str, str]] = {
+        "compute_metrics": "add figures to the metrics that `evaluate` returns, in a subclass's `evaluation_loop`",
+        "preprocess_logits_for_metrics": "leave it out together with `compute_metrics`",
+        "compute_loss_func": "set the weights of the losses in `MtpConfig` or override `compute_loss`",
+    }
 
     def __init__(
         self,
@@ -104,6 +112,12 @@ class MtpTrainer(SFTTrainer):
                 "the PeftModel (`PeftModel.from_pretrained(model, ..., is_trainable=True)`) to train that adapter further, or "
                 "`peft_model.unload()` to start anew."
             )
+        for name, way_out in self._functions_of_logits.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}={getattr(kwargs[name], '__name__', kwargs[name])}` would never be called: there are no "
+                    f"logits of the whole text, only losses and agreement of masks. Instead, {way_out}."
+                )
         columns = getattr(train_dataset, "column_names", None) or []
         if args.completion_only_loss is None and "completion_mask" in columns:
             args.completion_only_loss = True

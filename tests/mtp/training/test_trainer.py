@@ -570,6 +570,19 @@ def test_other_arguments_are_refused(tmp_path):
         )
 
 
+@pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"])
+def test_functions_that_would_never_be_called_are_refused(tmp_path, name):
+    """Masks have no logits for them; the message says what to do instead."""
+
+    def score(*args):
+        raise AssertionError
+
+    arguments = {"args": settings(tmp_path), "train_dataset": texts(), "processing_class": tiny_tokenizer()}
+    with pytest.raises(ValueError, match=f"`{name}=score` would never be called.*Instead, "):
+        MtpTrainer(model=tiny_lm(), **arguments, **{name: score})
+    MtpTrainer(model=tiny_lm(), **arguments, **{name: None})
+
+
 def test_defaults_are_the_papers():
     """Weights of 1, no soft targets, its learning rate and schedule."""
     config = MtpConfig(output_dir="unused", report_to="none", bf16=False, use_cpu=True)
