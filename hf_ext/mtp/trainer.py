@@ -19,6 +19,9 @@ from .trainer_config import MtpConfig
 from .two_pass import mask_labels
 
 
+_LOSSES = ("base_loss", "sampler_loss", "consistency_loss")
+
+
 class MtpTrainer(SFTTrainer):
     """
     Trains a gated LoRA adapter to guess several tokens ahead (https://huggingface.co/papers/2507.11851, section 2.5).
@@ -29,7 +32,8 @@ class MtpTrainer(SFTTrainer):
 
     It logs, beside the losses, `agreement_j`, the share of masks in slot `j` where the sampler says what the base model
     says, and `expected_tokens_per_step`, one plus the number of guesses right in a row; an evaluation also decodes
-    prompts and logs `eval_decoded_tokens_per_step`.
+    prompts and logs `eval_decoded_tokens_per_step`. Losses and agreement, `eval_loss` included, are averages over
+    masks, whatever the size of a batch.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -194,12 +198,15 @@ class MtpTrainer(SFTTrainer):
             "consistency_loss": outputs.consistency_loss.sum(),
         }
         num_masks = (outputs.valid.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        loss = sum(getattr(self.args, f"{name}_weight") * value for name, value in sums.items()) / num_masks
+        loss = self._weighted(sums) / num_masks
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP averages gradients over processes, and the number of masks is that of all of them.
             loss = loss * self.accelerator.num_processes
         self._record(mode, inputs, outputs, sums)
         return (loss, outputs) if return_outputs else loss
+
+    def _weighted(self, losses: dict[str, Any]) -> Any:
+        return sum(getattr(self.args, f"{name}_weight") * losses[name] for name in _LOSSES)
 
     def _logs_this_step(self) -> bool:
         return (self.state.global_step + 1) % max(1, self.state.logging_steps or 1) == 0
@@ -284,6 +291,9 @@ class MtpTrainer(SFTTrainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         figures = self._figures("eval")
+        if "base_loss" in figures:
+            # In place of transformers' mean over batches, in which a mask's say depends on the batch that it is in.
+            figures["loss"] = self._weighted(figures)
         # A streamed dataset can be read once only.
         if self.args.eval_decoding_prompts and hasattr(dataloader.dataset, "select"):
             figures |= self._decode(dataloader.dataset)

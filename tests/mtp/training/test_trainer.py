@@ -407,9 +407,19 @@ def test_figures_do_not_depend_on_the_batches_of_an_evaluation(tmp_path):
         metrics = trainer.evaluate()
         names = [f"eval_agreement_{slot}" for slot in range(1, NUM_MASKS + 1)]
         names += ["eval_base_loss", "eval_sampler_loss", "eval_consistency_loss", "eval_expected_tokens_per_step"]
+        names += ["eval_loss"]
         figures.append([metrics[name] for name in names])
     assert figures[1] == pytest.approx(figures[0], rel=1e-5)
     assert figures[2] == pytest.approx(figures[0], rel=1e-5)
+
+
+def test_the_loss_of_an_evaluation_is_that_of_its_parts(tmp_path):
+    """Weighted as in training, and the same in the log."""
+    weights = {"base_loss_weight": 0.5, "sampler_loss_weight": 2.0, "consistency_loss_weight": 0.0}
+    trainer = tiny_trainer(tmp_path, eval_dataset=texts(3), per_device_eval_batch_size=2, **weights)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(0.5 * metrics["eval_base_loss"] + 2 * metrics["eval_sampler_loss"])
+    assert logged(trainer, "eval_loss") == [metrics["eval_loss"]]
 
 
 def test_decoding_at_evaluation_can_be_switched_off(tmp_path):
