@@ -58,6 +58,10 @@ def register_peft() -> None:
         is_mixed_compatible=False,
     )
     wrapt.wrap_function_wrapper("peft", "PeftModel._upload_modified_files", _upload_with_our_card)
+    wrapt.wrap_function_wrapper("peft", "PeftModel.load_adapter", _load_naming_the_file)
+    wrapt.wrap_function_wrapper(
+        "transformers.integrations.peft", "PeftAdapterMixin.load_adapter", _load_naming_the_file
+    )
 
 
 def _upload_with_our_card(wrapped: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,6 +77,24 @@ def _upload_with_our_card(wrapped: Any, model: Any, args: tuple[Any, ...], kwarg
         call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
         write_unless_written(config, call["working_dir"], call["repo_id"])
     return wrapped(*args, **kwargs)
+
+
+def _load_naming_the_file(wrapped: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """
+    safetensors doesn't say which file it can't read. Every way to load an adapter goes through one of the two methods
+    named `load_adapter`, which read the file themselves and offer no hook; other adapters pass through.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return wrapped(*args, **kwargs)
+    except SafetensorError as error:
+        from hf_ext.mtp.adapter_weights import refuse_unreadable_adapter
+
+        call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        source = call.get("model_id") or call.get("peft_model_id")
+        refuse_unreadable_adapter(model, call.get("adapter_name") or "default", source, error)
+        raise
 
 
 def _add_str_enum_member(cls: Any, name: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftModel
+
 from .configuration import GatedLoraConfig
 
 
@@ -63,6 +65,33 @@ def check_loaded_adapter(model: PreTrainedModel, loading_info: Any) -> None:
     except ValueError:
         model.delete_adapter(name)
         raise
+
+
+def refuse_unreadable_adapter(model: Any, name: str, source: Any, error: Exception) -> None:
+    """
+    Says which adapter it is that safetensors can't read; does nothing for adapters of other methods.
+
+    Args:
+        model ([`~peft.PeftModel`] or [`~transformers.PreTrainedModel`]):
+            The model; out of one of transformers the adapter, which has no weights yet, is taken again.
+        name (`str`):
+            Name of the adapter.
+        source (`str` or `os.PathLike`):
+            Its folder, or its name on the Hub.
+        error (`Exception`):
+            What safetensors said.
+
+    Raises:
+        ValueError: naming the file and the way out.
+    """
+    if not isinstance(getattr(model, "peft_config", {}).get(name), GatedLoraConfig):
+        return
+    if not isinstance(model, PeftModel):
+        model.delete_adapter(name)
+    raise ValueError(
+        f"adapter_model.safetensors of the adapter '{source}' can't be read ({error}): it is truncated, damaged or a Git "
+        "LFS pointer. Save it again, download it again (`force_download=True` from the Hub) or run `git lfs pull`."
+    ) from error
 
 
 def _belongs_to(key: str, adapter: str) -> bool:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
@@ -249,13 +250,23 @@ class TestFiles:
         return Path(shutil.copytree(adapter_folder, tmp_path / "adapter"))
 
     @WAYS
-    def test_truncated(self, load: Load, base_folder: Path, damaged: Path) -> None:
-        """Half a file."""
+    @pytest.mark.parametrize("kept", [0, 5, 300, -1, "pointer"])
+    def test_unreadable(self, load: Load, kept: int | str, base_folder: Path, damaged: Path) -> None:
+        """A part of a file, or what Git LFS leaves in its place: the folder and a way out are named."""
         file = damaged / "adapter_model.safetensors"
-        content = file.read_bytes()
-        file.write_bytes(content[: len(content) // 2])
-        with pytest.raises(Exception, match=r"(?i)incomplete|truncated"):
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 12345\n"
+        file.write_bytes(pointer if isinstance(kept, str) else file.read_bytes()[:kept])
+        with pytest.raises(ValueError, match=rf"{damaged}' can't be read \(.+\): .*truncated.* again") as caught:
             load(base_folder, damaged)
+        assert isinstance(caught.value.__cause__, SafetensorError)
+
+    def test_other_adapters_have_the_errors_of_their_library(self, base_folder: Path, tmp_path: Path) -> None:
+        """An ordinary LoRA passes through, whichever way it is loaded."""
+        get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"half")
+        for load in (through_peft, through_load_adapter):
+            with pytest.raises(SafetensorError):
+                load(base_folder, tmp_path)
 
     @WAYS
     @pytest.mark.parametrize("name", ["layers.1.self_attn.q_proj.lora_B.weight", "mtp_head.lora_mask_vectors"])
@@ -279,7 +290,8 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"NaN or infinity in 1 tensors \(.*lora_sampler_in"):
             load(base_folder, damaged)
 
-    def test_model_is_plain_after_a_refusal(self, base_folder: Path, damaged: Path) -> None:
+    @pytest.mark.parametrize(("damage", "message"), [("unreadable", "can't be read"), ("not a number", "NaN")])
+    def test_model_is_plain_after_a_refusal(self, damage: str, message: str, base_folder: Path, damaged: Path) -> None:
         """A refused adapter is taken out again: the model generates plainly, and a good one can be loaded."""
         model = AutoModelForCausalLM.from_pretrained(base_folder)
         expected = model.generate(random_prompt(5), max_new_tokens=9, do_sample=False).tolist()
@@ -287,7 +299,9 @@ class TestFiles:
         weights = load_file(file)
         key = next(iter(weights))
         save_file({**weights, key: weights[key] * float("nan")}, file, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match="NaN"):
+        if damage == "unreadable":
+            file.write_bytes(b"half")
+        with pytest.raises(ValueError, match=message):
             model.load_adapter(damaged)
         assert model.generate(random_prompt(5), max_new_tokens=9, do_sample=False).tolist() == expected
         save_file(weights, file, metadata={"format": "pt"})
