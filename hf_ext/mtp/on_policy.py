@@ -45,8 +45,8 @@ def generate_completions(
         prompts (`Sequence[str]` or `Sequence[list[int]]`):
             Prompts as text or as token ids. An empty prompt is refused.
         output_file (`str` or `os.PathLike`, *optional*):
-            A JSON-lines file that grows batch by batch. Called again with the same arguments, finished batches are
-            read from it and the rest is generated; the result is the same as that of an uninterrupted run.
+            A JSON-lines file that grows batch by batch. Called again with the same model and arguments, finished
+            batches are read from it and the rest is generated; the result is the same as that of an uninterrupted run.
         batch_size (`int`, *optional*, defaults to `64`):
             Prompts per call of `generate`. Prompts of like length share a batch.
         seed (`int`, *optional*, defaults to `0`):
@@ -63,7 +63,7 @@ def generate_completions(
 
     Raises:
         ValueError: if `prompts` is empty or holds an empty prompt, if `batch_size` is not positive, or if
-            `output_file` was written with other arguments.
+            `output_file` was written with other arguments or by another model.
 
     Example:
 
@@ -85,7 +85,8 @@ def generate_completions(
     prompt_ids = _tokenized(processing_class, prompts)
     batches = _batches_of_like_length(prompt_ids, batch_size)
     digest = hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest()[:16]
-    done = _Journal.open(output_file, {"prompts": digest, "batch_size": batch_size, "seed": seed, **generate_kwargs})
+    arguments = {"prompts": digest, "batch_size": batch_size, "seed": seed, **generate_kwargs}
+    done = _Journal.open(output_file, arguments, model)
 
     completions: dict[int, list[int]] = {}
     was_training = model.training
@@ -197,6 +198,21 @@ class _Stops(StoppingCriteria):
         return tokens
 
 
+def _identity(model: PreTrainedModel) -> dict[str, str]:
+    """The model's name and a fingerprint of its weights: up to 64 values of each tensor, none of an adapter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and not parameter.is_meta:
+            values = parameter.detach().flatten()
+            values = values[:: max(1, len(values) // 64)][:64]
+            digest.update(f"{parameter.dtype} {tuple(parameter.shape)} {values.tolist()}".encode())
+    return {"name": model.config.name_or_path or type(model).__name__, "weights": digest.hexdigest()[:16]}
+
+
+def _told(identity: dict[str, str]) -> str:
+    return f"'{identity['name']}' with weights {identity['weights']}"
+
+
 class _Journal:
     """Finished batches, in memory and, where a file is given, as one line each behind a line with the arguments."""
 
@@ -205,19 +221,14 @@ class _Journal:
         self.batches: dict[int, list[list[int]]] = {}
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str] | None, arguments: dict[str, Any]) -> _Journal:
+    def open(cls, path: str | os.PathLike[str] | None, arguments: dict[str, Any], model: PreTrainedModel) -> _Journal:
         journal = cls(None if path is None else Path(path))
         if journal.path is None:
             return journal
-        header = json.dumps(arguments, sort_keys=True, default=str)
+        header = json.dumps({**arguments, "model": _identity(model)}, sort_keys=True, default=str)
         if journal.path.exists():
             complete_lines = [line for line in journal.path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
-            if not complete_lines or complete_lines[0].strip() != header:
-                found = complete_lines[0].strip() if complete_lines else "nothing readable"
-                raise ValueError(
-                    f"`output_file` {journal.path} was written with other arguments ({found}) than now ({header}): "
-                    "name another file, or delete it to start again."
-                )
+            journal._check(complete_lines[0] if complete_lines else "", header)
             # A run that was killed while writing leaves half a line, which must not be glued to the next one.
             journal.path.write_text("".join(complete_lines))
             for line in complete_lines[1:]:
@@ -227,6 +238,27 @@ class _Journal:
             journal.path.parent.mkdir(parents=True, exist_ok=True)
             journal.path.write_text(header + "\n")
         return journal
+
+    def _check(self, found_header: str, header: str) -> None:
+        """Refuses a file of another run. Files of earlier versions don't say which model wrote them."""
+        try:
+            found = json.loads(found_header)
+        except ValueError:
+            found = None
+        found = found if isinstance(found, dict) else {}
+        wanted = json.loads(header)
+        wrote, writes = found.pop("model", None), wanted.pop("model")
+        if found != wanted:
+            raise ValueError(
+                f"`output_file` {self.path} was written with other arguments ({found or 'nothing readable'}) than now "
+                f"({wanted}): name another file, or delete it to start again."
+            )
+        # Only the weights count: a model may have moved to another folder.
+        if wrote is not None and wrote["weights"] != writes["weights"]:
+            raise ValueError(
+                f"`output_file` {self.path} was written by another model ({_told(wrote)}) than the one given now "
+                f"({_told(writes)}): name another file, or delete it to start again."
+            )
 
     def add(self, number: int, completions: list[list[int]]) -> None:
         self.batches[number] = completions

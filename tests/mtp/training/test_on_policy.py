@@ -6,7 +6,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models
-from transformers import GenerationConfig, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from hf_ext import generate_completions
 from mtp.models import randomise
@@ -191,6 +197,57 @@ def test_a_file_of_another_run_is_refused(model, tokenizer, tmp_path, changed):
     with pytest.raises(ValueError, match="other arguments"):
         completed(model, tokenizer, **{"output_file": path, **changed})
     assert path.read_text() == before
+
+
+def test_a_file_of_another_model_is_refused(tokenizer, tmp_path):
+    """Two models' texts would mix; both are named, and the file stays as it is."""
+    path = tmp_path / "text.jsonl"
+    model = often_ending(tiny_lm(seed=4))
+    model.config.name_or_path = "first"
+    completed(model, tokenizer, output_file=path)
+    before = path.read_text()
+    other = often_ending(tiny_lm(seed=5))
+    other.config.name_or_path = "second"
+    with pytest.raises(
+        ValueError, match=r"another model \('first' with weights \w{16}\) than .* \('second' with weights"
+    ):
+        completed(other, tokenizer, output_file=path)
+    with pytest.raises(ValueError, match="another model"):
+        completed(model.bfloat16(), tokenizer, output_file=path)
+    assert path.read_text() == before
+
+
+def test_the_same_model_goes_on_from_elsewhere(model, tokenizer, tmp_path):
+    """Saved under another name, or with an adapter out of use: its weights are the same, and so is its text."""
+    path = tmp_path / "text.jsonl"
+    expected = completed(model, tokenizer, output_file=path)
+    model.save_pretrained(tmp_path / "moved")
+    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "moved")
+    assert completed(moved, tokenizer, output_file=path).to_dict() == expected.to_dict()
+    adapted = get_peft_model(moved, gated())
+    with adapted.disable_adapter():
+        assert completed(adapted, tokenizer, output_file=path).to_dict() == expected.to_dict()
+
+
+def test_a_file_that_names_no_model_goes_on(model, tokenizer, tmp_path):
+    """Those of earlier versions, with the text that they hold."""
+    path = tmp_path / "text.jsonl"
+    expected = completed(model, tokenizer, output_file=path)
+    header, *batches = path.read_text().splitlines(keepends=True)
+    arguments = json.loads(header)
+    del arguments["model"]
+    path.write_text("".join([json.dumps(arguments, sort_keys=True) + "\n", *batches[:1]]))
+    assert completed(model, tokenizer, output_file=path).to_dict() == expected.to_dict()
+
+
+@pytest.mark.parametrize("content", ["", "half a li", "no header\n", "[1]\n", "{}\n"])
+def test_a_file_of_something_else_is_refused(model, tokenizer, tmp_path, content):
+    """It stays as it is."""
+    path = tmp_path / "text.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"other arguments \(nothing readable\)"):
+        completed(model, tokenizer, output_file=path)
+    assert path.read_text() == content
 
 
 @pytest.mark.parametrize(
