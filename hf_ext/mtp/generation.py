@@ -392,7 +392,8 @@ def _num_left_padding(attention_mask: torch.Tensor | None) -> int:
     if row[:num_padding].any():
         raise ValueError(
             "`attention_mask` has zeros behind the start of the prompt: pad on the left (`tokenizer.padding_side = "
-            "'left'`), since the first new token continues the last position."
+            "'left'`), since the first new token continues the last position. Where no mask was given, `generate` took "
+            "every padding token for padding: give a mask of ones if that token is part of the text."
         )
     return num_padding
 

@@ -71,6 +71,17 @@ class TestCalls:
         with pytest.raises(ValueError, match=r"`attention_mask` has zeros .* 'left'"):
             model.generate(random_prompt(4), attention_mask=torch.tensor([mask]), max_new_tokens=4)
 
+    @pytest.mark.parametrize("prompt", [[5, 3, 6, 7], [5, 6, 7, 3]])
+    def test_padding_token_in_the_text(self, prompt: list[int]) -> None:
+        """Without a mask `generate` takes it for padding; the message says how to have it read."""
+        model, input_ids = skilled_model(), torch.tensor([prompt])
+        model.generation_config.pad_token_id = 3
+        with pytest.raises(ValueError, match=r"no mask was given.*padding token.*a mask of ones"):
+            model.generate(input_ids, max_new_tokens=9)
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        expected = plain(model, **inputs, max_new_tokens=9)
+        assert model.generate(**inputs, max_new_tokens=9).tolist() == expected.tolist()
+
     def test_batch(self, model: PreTrainedModel) -> None:
         """Two sequences in one call."""
         with pytest.raises(ValueError, match=r"one sequence per call so far, got a batch of 2\..*disable_adapter"):
