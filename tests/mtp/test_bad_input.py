@@ -126,6 +126,23 @@ class TestCalls:
         with pytest.raises(ValueError, match="LlamaForCausalLM carries no multi-token adapter"):
             tiny_model().generate(random_prompt(4), max_new_tokens=4, custom_generate=mtp_generate)
 
+    @pytest.mark.parametrize("shape", ["llama", "phi3"])
+    def test_rope_with_two_sets_of_frequencies(self, shape: str) -> None:
+        """Refused where a pass could reach the second set, which begins before the model's last position; else exact."""
+        rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+        model = skilled_model(
+            shape,
+            rope_parameters={**rope, "original_max_position_embeddings": 32},
+            # Phi-3's configuration keeps it here, and it counts for more.
+            **({"original_max_position_embeddings": 32} if shape == "phi3" else {}),
+        )
+        with pytest.raises(ValueError, match=r"'longrope' changes .* position 32 .* 28 \+ 4\. .*`max_new_tokens`"):
+            model.generate(random_prompt(8), max_new_tokens=20)
+        expected = plain(model, random_prompt(8), max_new_tokens=19)
+        output = model.generate(random_prompt(8), max_new_tokens=19, return_dict_in_generate=True)
+        assert output.sequences.tolist() == expected.tolist()
+        assert max(output.step_lengths[0]) > 1
+
     def test_unknown_argument_is_still_refused(self, model: PreTrainedModel) -> None:
         """A misspelt option."""
         with pytest.raises(ValueError, match="num_speculativ_tokens"):
