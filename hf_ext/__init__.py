@@ -14,6 +14,12 @@ from hf_ext.registration import register
 
 if TYPE_CHECKING:
     from hf_ext.assets import shipped_model
+    from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
+    from hf_ext.dynamoe.configuration_dynamoe import DynaMoeConfig
+    from hf_ext.dynamoe.conversion import convert_to_dynamoe
+    from hf_ext.dynamoe.modeling_dynamoe import DynaMoeForCausalLM
+    from hf_ext.dynamoe.trainer import DynaMoeTrainer
+    from hf_ext.dynamoe.trainer_config import DynaMoeTrainingConfig
     from hf_ext.mtp.configuration import GatedLoraConfig
     from hf_ext.mtp.gated_lora import GatedLoraModel
     from hf_ext.mtp.generation import MtpGenerateOutput, MtpGenerationMixin, mtp_generate
@@ -25,24 +31,35 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DynaMoeConfig",
+    "DynaMoeForCausalLM",
+    "DynaMoeTrainer",
+    "DynaMoeTrainingConfig",
     "GatedLoraConfig",
     "GatedLoraModel",
     "MtpConfig",
     "MtpGenerateOutput",
     "MtpGenerationMixin",
     "MtpTrainer",
+    "convert_to_dynamoe",
     "generate_completions",
     "mtp_generate",
     "shipped_model",
 ]
 
 _MODULE_OF_NAME = {
+    "DynaMoeConfig": "hf_ext.dynamoe.configuration_dynamoe",
+    "DynaMoeForCausalLM": "hf_ext.dynamoe.modeling_dynamoe",
+    "DynaMoeTrainer": "hf_ext.dynamoe.trainer",
+    "DynaMoeTrainingConfig": "hf_ext.dynamoe.trainer_config",
     "GatedLoraConfig": "hf_ext.mtp.configuration",
     "GatedLoraModel": "hf_ext.mtp.gated_lora",
     "MtpConfig": "hf_ext.mtp.trainer_config",
     "MtpGenerateOutput": "hf_ext.mtp.generation",
     "MtpGenerationMixin": "hf_ext.mtp.generation",
     "MtpTrainer": "hf_ext.mtp.trainer",
+    "PhonemeTokenizer": "hf_ext.kws.tokenization_phoneme",
+    "convert_to_dynamoe": "hf_ext.dynamoe.conversion",
     "generate_completions": "hf_ext.mtp.on_policy",
     "mtp_generate": "hf_ext.mtp.generation",
     "shipped_model": "hf_ext.assets",

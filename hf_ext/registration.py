@@ -18,6 +18,9 @@ def register() -> None:
     """Leave the import hooks. They run at once for what is imported already."""
     wrapt.register_post_import_hook(_when_peft_is_imported, "peft")
     wrapt.register_post_import_hook(_when_mtp_is_imported, "hf_ext.mtp")
+    wrapt.register_post_import_hook(_when_model_family_is_imported, "hf_ext.dynamoe")
+    wrapt.register_post_import_hook(_when_auto_config_is_imported, "transformers.models.auto.configuration_auto")
+    wrapt.register_post_import_hook(_when_auto_models_are_imported, "transformers.models.auto.modeling_auto")
 
 
 def _when_peft_is_imported(_: ModuleType) -> None:
@@ -28,6 +31,24 @@ def _when_mtp_is_imported(_: ModuleType) -> None:
     # The modules of `hf_ext.mtp` import PEFT. If the first of them were what triggered PEFT's import, the hook would
     # find that very module half executed. The package has run at this point and none of its modules has started.
     importlib.import_module("peft")
+
+
+def _when_model_family_is_imported(_: ModuleType) -> None:
+    # As above, for transformers' Auto classes: their hooks import the family's modules whole.
+    importlib.import_module("transformers.models.auto.modeling_auto")
+
+
+def _when_auto_config_is_imported(auto: ModuleType) -> None:
+    from hf_ext.dynamoe.configuration_dynamoe import DynaMoeConfig
+
+    auto.AutoConfig.register(DynaMoeConfig.model_type, DynaMoeConfig, exist_ok=True)
+
+
+def _when_auto_models_are_imported(auto: ModuleType) -> None:
+    from hf_ext.dynamoe.configuration_dynamoe import DynaMoeConfig
+    from hf_ext.dynamoe.modeling_dynamoe import DynaMoeForCausalLM
+
+    auto.AutoModelForCausalLM.register(DynaMoeConfig, DynaMoeForCausalLM, exist_ok=True)
 
 
 def register_peft() -> None:

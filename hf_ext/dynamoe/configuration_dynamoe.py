@@ -1,0 +1,153 @@
+"""Configuration of [`DynaMoeForCausalLM`]."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+
+@strict
+class DynaMoeConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`DynaMoeForCausalLM`]: a dense model and how its MLPs are nested and routed.
+
+    Args:
+        base_config (`dict` or [`~transformers.PreTrainedConfig`], *optional*):
+            The dense model's own configuration. By default that of a llama.
+        expert_widths (`list[int]`, *optional*):
+            Number of MLP neurons that each expert owns, ascending; the last is the whole MLP. By default quarters of it
+            (the paper, section 2.1, has `H_e = (e + 1) / E * H`).
+        router_type (`str`, *optional*, defaults to `"ordinal"`):
+            `"ordinal"`: the router predicts how near each smaller expert comes to the whole MLP, and the sensitivity is
+            chosen at inference. `"classifier"`: the router predicts the label of one fixed sensitivity, as in the
+            paper's table.
+        router_hidden_size (`int`, *optional*, defaults to `256`):
+            Width of the router's hidden layer.
+        detach_router_input (`bool`, *optional*, defaults to `True`):
+            Keeps the router's loss from reaching the model's own weights.
+        similarity (`str`, *optional*, defaults to `"projection"`):
+            What nearness is: `"projection"`, the share of the whole MLP's output that an expert has produced, or `"cosine"`.
+        sensitivity (`float`, *optional*, defaults to `1.0`):
+            Nearness that a token demands, from 0 to 1. 1 is the dense model. For a `"classifier"` it is the one that its labels
+            were made with.
+        output_router_logits (`bool`, *optional*, defaults to `False`):
+            Whether outputs carry what the routers said; with `labels`, also the routers' loss.
+        router_aux_loss_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the routers' loss, a mean over layers and tokens.
+
+    Raises:
+        ValueError: for widths that don't ascend to the width of the base model's MLP, for a sensitivity outside 0 to 1.
+
+    Example:
+
+    ```python
+    >>> from hf_ext import DynaMoeConfig, DynaMoeForCausalLM
+    >>> from transformers import LlamaConfig
+
+    >>> base = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> config = DynaMoeConfig(base_config=base, expert_widths=[16, 32, 64])
+    >>> model = DynaMoeForCausalLM(config)
+    >>> model.config.num_experts
+    3
+    ```
+    """
+
+    model_type = "dynamoe"
+    sub_configs = {"base_config": AutoConfig}
+    has_no_defaults_at_init = False
+
+    base_config: dict[str, Any] | PreTrainedConfig | None = None
+    expert_widths: list[int] | tuple[int, ...] | None = None
+    router_type: Literal["ordinal", "classifier"] = "ordinal"
+    router_hidden_size: int = 256
+    detach_router_input: bool = True
+    similarity: Literal["projection", "cosine"] = "projection"
+    sensitivity: float | int = 1.0
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 1.0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.base_config is None:
+            self.base_config = AutoConfig.for_model("llama")
+        elif isinstance(self.base_config, dict):
+            if "model_type" not in self.base_config:
+                raise ValueError("`base_config` has no `model_type`: give the dense model's own configuration.")
+            self.base_config = AutoConfig.for_model(**self.base_config)
+        self.tie_word_embeddings = self.base_config.tie_word_embeddings
+        width = mlp_width(self.base_config)
+        if self.expert_widths is None:
+            self.expert_widths = equal_widths(width, 4)
+        self.expert_widths = checked_widths(self.expert_widths, width)
+        self.sensitivity = checked_sensitivity(self.sensitivity)
+        if self.router_hidden_size < 1:
+            raise ValueError(f"`router_hidden_size` must be at least 1, got {self.router_hidden_size}.")
+        # A live model reads the attention that it runs from its configuration, which this constructor would clear.
+        kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.expert_widths)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The dense model's configuration: what caches, generation and tools ask for sizes."""
+        return self.base_config
+
+
+def mlp_width(config: PreTrainedConfig) -> int:
+    """Number of MLP neurons per layer of a dense model."""
+    width = getattr(config, "intermediate_size", None)
+    if not isinstance(width, int):
+        raise ValueError(
+            f"`base_config` of type '{config.model_type}' has `intermediate_size`={width!r}: nested experts need one MLP "
+            "width for all layers."
+        )
+    return width
+
+
+def equal_widths(width: int, num_experts: int) -> list[int]:
+    """
+    Widths of `num_experts` experts in equal steps.
+
+    Raises:
+        ValueError: for fewer than two experts, or a number that doesn't divide the width.
+    """
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool) or num_experts < 2:
+        raise ValueError(f"`num_experts` must be an integer of at least 2, got {num_experts!r}.")
+    if width % num_experts:
+        raise ValueError(
+            f"`num_experts`={num_experts} doesn't divide the MLP's {width} neurons. Give `expert_widths` instead, such as "
+            f"{tuple(round(width * (e + 1) / num_experts) for e in range(num_experts))}."
+        )
+    return [width * (e + 1) // num_experts for e in range(num_experts)]
+
+
+def checked_widths(widths: Any, width: int) -> list[int]:
+    """The widths as a list, if they ascend from at least 1 to the whole MLP."""
+    widths = list(widths)
+    if len(widths) < 2 or any(not isinstance(w, int) or isinstance(w, bool) or w < 1 for w in widths):
+        raise ValueError(f"`expert_widths` must be at least two integers of at least 1, got {widths}.")
+    if any(a >= b for a, b in zip(widths, widths[1:], strict=False)):
+        raise ValueError(f"`expert_widths` must ascend, since each expert contains the one before; got {widths}.")
+    if widths[-1] != width:
+        raise ValueError(
+            f"The last of `expert_widths` must be the whole MLP of {width} neurons, got {widths[-1]}: at full sensitivity "
+            "the model is the dense one."
+        )
+    return widths
+
+
+def checked_sensitivity(sensitivity: Any) -> float:
+    """The sensitivity as a float, if it lies between 0 and 1."""
+    if isinstance(sensitivity, bool) or not isinstance(sensitivity, (int, float)):
+        raise ValueError(f"`sensitivity` must be a number from 0 to 1, got {sensitivity!r}.")
+    if math.isnan(sensitivity) or not 0 <= sensitivity <= 1:
+        raise ValueError(f"`sensitivity` must lie between 0 (smallest expert) and 1 (dense model), got {sensitivity}.")
+    return float(sensitivity)
+
+
+__all__ = ["DynaMoeConfig"]

@@ -1,0 +1,85 @@
+"""How much each neuron of each MLP matters, measured on text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .nested_mlp import projection_names
+
+
+IMPORTANCES = ("activation_norm", "activation", "taylor", "none")
+
+
+def neuron_importance(
+    model: PreTrainedModel,
+    mlps: list[Any],
+    batches: list[dict[str, torch.Tensor]],
+    importance: str,
+    disable_tqdm: bool = False,
+) -> list[torch.Tensor]:
+    """
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The dense model.
+        mlps (`list[nn.Module]`):
+            Its MLPs, layer by layer.
+        batches (`list[dict[str, torch.Tensor]]`):
+            Text, see [`calibration_batches`].
+        importance (`str`):
+            See [`convert_to_dynamoe`].
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Hides the progress bar.
+
+    Returns:
+        `list[torch.Tensor]`: for each layer a float64 tensor of shape `(intermediate_size,)` on the CPU.
+    """
+    downs = [getattr(mlp, projection_names(mlp)[-1]) for mlp in mlps]  # type: ignore[index]
+    if importance == "none":
+        return [torch.ones(down.in_features, dtype=torch.float64) for down in downs]
+    sums = [torch.zeros(down.in_features, dtype=torch.float64) for down in downs]
+    real: torch.Tensor = torch.ones(())
+    taylor = importance == "taylor"
+
+    def add(layer: int, values: torch.Tensor) -> None:
+        # Padding is text that nobody wrote.
+        sums[layer] += values.abs()[real.bool()].sum(0).double().cpu()
+
+    def watch(layer: int) -> Any:
+        def before_down(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            hidden = args[0]
+            if taylor:
+                hidden.register_hook(lambda gradient: add(layer, hidden.detach() * gradient))
+            else:
+                add(layer, hidden)
+
+        return before_down
+
+    handles = [down.register_forward_pre_hook(watch(layer)) for layer, down in enumerate(downs)]
+    # Taylor needs gradients of activations alone: with one input that asks for them, no weight has to.
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        for batch in tqdm(batches, desc="ranking neurons", unit="batch", disable=disable_tqdm):
+            ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+            real = mask
+            with torch.set_grad_enabled(taylor):
+                embeddings = model.get_input_embeddings()(ids).requires_grad_(taylor)
+                labels = ids.masked_fill(mask == 0, -100) if taylor else None
+                outputs = model(inputs_embeds=embeddings, attention_mask=mask, labels=labels, use_cache=False)
+                if taylor:
+                    # The loss is a mean: back to a sum, so that batches of any size count their tokens alike.
+                    (outputs.loss * mask[:, 1:].sum()).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
+    count = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    scores = [total / count for total in sums]
+    if importance == "activation_norm":
+        scores = [s * d.weight.detach().double().norm(dim=0).cpu() for s, d in zip(scores, downs, strict=True)]
+    return scores

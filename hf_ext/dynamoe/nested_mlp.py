@@ -1,0 +1,276 @@
+"""The nested slice, written once: an MLP of which each token uses the first neurons only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .configuration_dynamoe import DynaMoeConfig
+from .routing import DynaMoeRouter, chosen_experts, similarities, smallest_sufficient
+
+
+# Names of an MLP's projections, its input side first and its output side last, and of its activation.
+LAYOUTS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"), ("dense_h_to_4h", "dense_4h_to_h"))
+ACTIVATIONS = ("act_fn", "activation_fn", "act")
+CONVERTIBLE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "phi3", "gpt_neox")
+
+
+@dataclass
+class LayerRouting:
+    """What one layer did in one pass."""
+
+    expert_index: torch.Tensor
+    router_logits: torch.Tensor | None
+    nearness: torch.Tensor | None
+
+
+class Routing:
+    """
+    How the current pass routes. One object is shared by all layers of a model; `begin` and `end` stand around a pass.
+
+    The settings stay until the next pass, since checkpointed layers run again in the backward pass and have to route as
+    they did.
+
+    Args:
+        sensitivity (`float`):
+            Where it starts.
+    """
+
+    def __init__(self, sensitivity: float):
+        self.layers: list[LayerRouting] | None = None
+        self.begin(sensitivity, None, None, False, False)
+        self.layers = None
+
+    def begin(
+        self,
+        sensitivity: float | torch.Tensor,
+        expert_index: int | torch.Tensor | None,
+        follow_labels: torch.Tensor | None,
+        wants_logits: bool,
+        measures: bool,
+    ) -> None:
+        self.sensitivity, self.expert_index, self.follow_labels = sensitivity, expert_index, follow_labels
+        self.wants_logits, self.measures = wants_logits, measures
+        self.layers = []
+
+    def end(self) -> list[LayerRouting]:
+        """What the layers did, in order; from here on nothing is kept."""
+        layers, self.layers = self.layers, None
+        assert layers is not None, "`begin` comes first"
+        return layers
+
+    def given_expert(self, layer: int, num_experts: int) -> int | torch.Tensor | None:
+        """The expert that the caller or the sensitivity prescribes for a layer, or None where the router decides."""
+        if isinstance(self.expert_index, torch.Tensor):
+            return self.expert_index[layer] if self.expert_index.dim() == 3 else self.expert_index
+        if self.expert_index is None and isinstance(self.sensitivity, float) and self.sensitivity >= 1:
+            return num_experts - 1
+        return self.expert_index
+
+
+class NestedMlp(nn.Module):
+    """
+    An MLP and its router. Expert `e` is the first `widths[e]` neurons: slices of the dense weights, no copies.
+
+    Args:
+        dense (`nn.Module`):
+            The MLP. At full width it is called as it stands, so that the output is the dense model's bit for bit.
+        config ([`DynaMoeConfig`]):
+            Widths and router.
+        layer (`int`):
+            Number of the layer.
+        routing ([`Routing`]):
+            Shared by all layers.
+    """
+
+    def __init__(self, dense: nn.Module, config: DynaMoeConfig, layer: int, routing: Routing):
+        super().__init__()
+        layout = projection_names(dense)
+        assert layout is not None, "`nest_mlps` checks it"
+        self.dense = dense
+        self.inputs, self.output = layout[:-1], layout[-1]
+        self.activation = next(getattr(dense, name) for name in ACTIVATIONS if hasattr(dense, name))
+        self.config, self.layer, self.routing = config, layer, routing
+        self.router = DynaMoeRouter(
+            config.base_config.hidden_size, config.router_hidden_size, config.num_experts, config.router_type
+        )
+        # The base model's own rule would give it ordinary random weights.
+        for module in self.router.modules():
+            module._is_hf_initialized = True
+
+    @property
+    def widths(self) -> list[int]:
+        return self.config.expert_widths
+
+    @property
+    def parameters_per_neuron(self) -> int:
+        """Weights and biases that belong to one neuron: its rows of the input side, its column of the output side."""
+        down = _linear(self.dense, self.output)
+        total = down.weight.numel()
+        for name in self.inputs:
+            total += sum(parameter.numel() for parameter in _linear(self.dense, name).parameters(recurse=False))
+        return total // self.widths[-1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                The MLP's input, behind the norm.
+        """
+        routing, last = self.routing, self.config.num_experts - 1
+        expert = routing.given_expert(self.layer, self.config.num_experts)
+        logits = nearness = hidden = None
+        if expert is None or routing.wants_logits:
+            logits = self.router(x.detach() if self.config.detach_router_input else x)
+        if routing.measures:
+            hidden = self._hidden(x)
+            nearness = self._measure(hidden)
+        if expert is None:
+            assert logits is not None
+            expert = chosen_experts(logits.detach(), self.config.router_type, routing.sensitivity)
+            if routing.follow_labels is not None and nearness is not None:
+                label = smallest_sufficient(nearness, routing.sensitivity)
+                expert = torch.where(routing.follow_labels, label, expert)
+        if routing.layers is not None:
+            index = expert if isinstance(expert, torch.Tensor) else torch.full(x.shape[:2], expert, device=x.device)
+            routing.layers.append(LayerRouting(index, logits, nearness))
+        if isinstance(expert, int):
+            return self.dense(x) if expert == last else self._one_expert(x, expert, hidden)
+        if hidden is not None or not self._can_slice():
+            return self._masked(self._hidden(x) if hidden is None else hidden, expert)
+        if expert.numel() == 1:
+            single = int(expert)
+            return self.dense(x) if single == last else self._one_expert(x, single, None)
+        return self._by_chunks(x.flatten(0, -2), expert.flatten()).view_as(x)
+
+    def _can_slice(self) -> bool:
+        """
+        Whether only what is needed can be computed: over plain linear layers, outside training, and not where a graph
+        is being traced, which can't depend on data. The masked form is the same function at dense cost.
+        """
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._is_plain()
+
+    def _is_plain(self) -> bool:
+        return all(type(getattr(self.dense, name)) is nn.Linear for name in (*self.inputs, self.output))
+
+    def _one_expert(self, x: torch.Tensor, expert: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        width = self.widths[expert]
+        if not self._is_plain():
+            hidden = self._hidden(x) if hidden is None else hidden
+            return self._masked(hidden, torch.full(x.shape[:-1], expert, device=x.device))
+        hidden = self._hidden_slice(x, 0, width) if hidden is None else hidden[..., :width]
+        down = _linear(self.dense, self.output)
+        return F.linear(hidden, down.weight[:, :width], down.bias)
+
+    def _masked(self, hidden: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        widths = torch.tensor(self.widths, device=hidden.device)[expert]
+        neurons = torch.arange(hidden.shape[-1], device=hidden.device)
+        return getattr(self.dense, self.output)(hidden * (neurons < widths[..., None]))
+
+    def _by_chunks(self, x: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        """
+        Tokens `(num_tokens, hidden_size)` in the order of their experts, largest first: the tokens that use a chunk of
+        neurons are then the first ones, so that each chunk is one product over a shrinking slice, without gathering.
+        """
+        order = expert.argsort(descending=True, stable=True)
+        at_least = torch.bincount(expert, minlength=len(self.widths)).flip(0).cumsum(0).flip(0).tolist()
+        down = _linear(self.dense, self.output)
+        x = x[order]
+        y = x.new_zeros(x.shape[0], down.weight.shape[0]) if down.bias is None else down.bias.repeat(x.shape[0], 1)
+        for num_tokens, start, end in zip(at_least, [0, *self.widths], self.widths, strict=False):
+            if num_tokens == 0:
+                break
+            hidden = self._hidden_slice(x[:num_tokens], start, end)
+            y[:num_tokens].addmm_(hidden, down.weight[:, start:end].t())
+        result = torch.empty_like(y)
+        result[order] = y
+        return result
+
+    def _hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """All neurons, through the modules themselves: they may be quantised or carry adapters."""
+        inputs = [getattr(self.dense, name)(x) for name in self.inputs]
+        if self.inputs == ("gate_up_proj",):
+            inputs = list(inputs[0].chunk(2, dim=-1))
+        return self.activation(inputs[0]) * inputs[1] if len(inputs) == 2 else self.activation(inputs[0])
+
+    def _hidden_slice(self, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """The neurons from `start` to `end` only."""
+        inputs = []
+        for name in self.inputs:
+            layer = _linear(self.dense, name)
+            # A fused projection holds the gates of all neurons and then their other inputs.
+            for offset in range(0, layer.weight.shape[0], self.widths[-1]):
+                rows = slice(offset + start, offset + end)
+                inputs.append(F.linear(x, layer.weight[rows], None if layer.bias is None else layer.bias[rows]))
+        return self.activation(inputs[0]) * inputs[1] if len(inputs) == 2 else self.activation(inputs[0])
+
+    @torch.no_grad()
+    def _measure(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Nearness of the smaller experts, all from the one dense pass that made `hidden`."""
+        hidden, down = hidden.detach(), getattr(self.dense, self.output)
+        if self._is_plain():
+            total = hidden.new_zeros(()) if down.bias is None else down.bias
+            outputs = []
+            for start, end in zip([0, *self.widths], self.widths, strict=False):
+                total = total + F.linear(hidden[..., start:end], down.weight[:, start:end])
+                outputs.append(total)
+        else:
+            neurons = torch.arange(hidden.shape[-1], device=hidden.device)
+            outputs = [down(hidden * (neurons < width)) for width in self.widths]
+        return similarities(torch.stack(outputs), self.config.similarity)
+
+
+def projection_names(mlp: nn.Module) -> tuple[str, ...] | None:
+    """Names of an MLP's projections if it is one that can be nested, else None."""
+    for names in LAYOUTS:
+        if all(_is_linear(getattr(mlp, name, None)) for name in names) and any(hasattr(mlp, a) for a in ACTIVATIONS):
+            return names
+    return None
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, nn.Module) and getattr(module, "weight", None) is not None
+
+
+def _linear(dense: nn.Module, name: str) -> Any:
+    """A projection's own layer, also beneath an adapter."""
+    layer = getattr(dense, name)
+    return getattr(layer, "base_layer", layer)
+
+
+def mlp_places(model: nn.Module, config: Any) -> list[tuple[nn.Module, str]]:
+    """
+    Where a dense model's MLPs stand: of each layer the parent module and the name in it.
+
+    Raises:
+        ValueError: if there isn't one in every layer.
+    """
+    places = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if not isinstance(parent, NestedMlp) and (isinstance(child, NestedMlp) or projection_names(child) is not None)
+    ]
+    if any(isinstance(getattr(parent, name), NestedMlp) for parent, name in places):
+        raise ValueError("The model is nested already: convert the dense model.")
+    if len(places) != config.num_hidden_layers:
+        raise ValueError(
+            f"A model of type '{config.model_type}' can't be converted: {len(places)} MLPs with the projections "
+            f"{' or '.join('/'.join(names) for names in LAYOUTS)} were found in its {config.num_hidden_layers} layers. Can "
+            f"be converted: {', '.join(CONVERTIBLE)}, and others with such an MLP in every layer."
+        )
+    return places
+
+
+def nest_mlps(model: nn.Module, config: DynaMoeConfig, routing: Routing) -> None:
+    """Puts a [`NestedMlp`] around every MLP of a dense model, in place."""
+    for layer, (parent, name) in enumerate(mlp_places(model, config.base_config)):
+        dense = getattr(parent, name)
+        nested = NestedMlp(dense, config, layer, routing)
+        weight = _linear(dense, nested.output).weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        setattr(parent, name, nested.to(device=weight.device, dtype=dtype) if weight.device.type != "meta" else nested)

@@ -1,0 +1,141 @@
+"""Which expert a token needs and which it gets: labels, the router, its loss. Written once, for training and decoding."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+# Where a fresh router's outputs start: far enough for the full expert at any sensitivity in use, near enough to learn.
+START = 4.0
+
+
+def similarities(partial_outputs: torch.Tensor, similarity: str) -> torch.Tensor:
+    """
+    How near each smaller expert's output comes to the whole MLP's, all from one dense pass (the paper, section 2.2).
+
+    Args:
+        partial_outputs (`torch.Tensor` of shape `(num_experts, ..., hidden_size)`):
+            Outputs of all experts in ascending order; the last is the whole MLP's.
+        similarity (`str`):
+            `"projection"`: `<f_e, f> / <f, f>`. `"cosine"`: `<f_e, f> / (|f_e| |f|)`.
+
+    Returns:
+        `torch.Tensor` of shape `(..., num_experts - 1)`.
+    """
+    # In float32: a ratio of sums over the hidden dimension.
+    smaller, whole = partial_outputs[:-1].float(), partial_outputs[-1].float()
+    dot = (smaller * whole).sum(-1)
+    tiny = torch.finfo(torch.float32).tiny
+    if similarity == "projection":
+        nearness = dot / (whole * whole).sum(-1).clamp(min=tiny)
+    elif similarity == "cosine":
+        nearness = dot / (smaller.norm(dim=-1) * whole.norm(dim=-1)).clamp(min=tiny)
+    else:
+        raise ValueError(f"`similarity` must be 'projection' or 'cosine', got {similarity!r}.")
+    return nearness.movedim(0, -1)
+
+
+def smallest_sufficient(nearness: torch.Tensor, sensitivity: float | torch.Tensor) -> torch.Tensor:
+    """
+    The smallest expert that is near enough: the difficulty label of a token, or the choice of an ordinal router.
+
+    Args:
+        nearness (`torch.Tensor` of shape `(..., num_experts - 1)`):
+            Measured or predicted nearness of all experts but the last, which is the whole MLP and always sufficient.
+        sensitivity (`float` or `torch.Tensor` that broadcasts to `(...)`):
+            Nearness demanded.
+
+    Returns:
+        `torch.LongTensor` of shape `(...)`.
+    """
+    if isinstance(sensitivity, torch.Tensor):
+        sensitivity = sensitivity.to(nearness.device)[..., None]
+    sufficient = nearness >= sensitivity
+    # Nearness need not ascend: the first sufficient expert counts, whatever a larger one does.
+    return (sufficient.cumsum(-1) == 0).sum(-1)
+
+
+class DynaMoeRouter(nn.Module):
+    """
+    Predicts a token's difficulty at one layer from the input of its MLP: two linear layers (the paper, section 2.3).
+
+    Args:
+        hidden_size (`int`):
+            Width of the model.
+        router_hidden_size (`int`):
+            Width of the layer between.
+        num_experts (`int`):
+            Number of experts.
+        router_type (`str`):
+            `"ordinal"` or `"classifier"`.
+    """
+
+    def __init__(self, hidden_size: int, router_hidden_size: int, num_experts: int, router_type: str):
+        super().__init__()
+        self.router_type = router_type
+        self.hidden = nn.Linear(hidden_size, router_hidden_size)
+        self.out = nn.Linear(router_hidden_size, num_experts - 1 if router_type == "ordinal" else num_experts)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts at the full expert for every token."""
+        self.hidden.reset_parameters()
+        with torch.no_grad():
+            self.out.weight.zero_()
+            self.out.bias.fill_(-START)
+            if self.router_type == "classifier":
+                self.out.bias[-1] = START
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., hidden_size)`):
+                Input of the MLP.
+
+        Returns:
+            `torch.Tensor` of shape `(..., num_experts - 1)`: logits of the nearness of each smaller expert; for a
+            classifier of shape `(..., num_experts)`: logits of the label.
+        """
+        return self.out(nn.functional.silu(self.hidden(hidden_states)))
+
+
+def chosen_experts(router_logits: torch.Tensor, router_type: str, sensitivity: float | torch.Tensor) -> torch.Tensor:
+    """
+    The experts that a router chooses, a `torch.LongTensor` of shape `(...)` for logits of shape `(..., outputs)`.
+
+    A classifier's choice does not depend on the sensitivity: its labels did.
+    """
+    if router_type == "classifier":
+        return router_logits.argmax(dim=-1)
+    return smallest_sufficient(router_logits.float().sigmoid(), sensitivity)
+
+
+def router_loss(
+    router_logits: torch.Tensor, nearness: torch.Tensor, router_type: str, sensitivity: float | torch.Tensor
+) -> torch.Tensor:
+    """
+    Loss of a router at each token.
+
+    An ordinal router learns the nearness itself by binary cross-entropy, whose least value for a target between 0 and 1
+    lies at the expected nearness; a classifier learns the label.
+
+    Args:
+        router_logits (`torch.Tensor` of shape `(..., outputs)`):
+            What [`DynaMoeRouter`] returns.
+        nearness (`torch.Tensor` of shape `(..., num_experts - 1)`):
+            Measured nearness; no gradient flows into it.
+        router_type (`str`):
+            `"ordinal"` or `"classifier"`.
+        sensitivity (`float` or `torch.Tensor`):
+            What the labels of a classifier are made with.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`.
+    """
+    logits, nearness = router_logits.float(), nearness.detach()
+    if router_type == "classifier":
+        labels = smallest_sufficient(nearness, sensitivity)
+        return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
+    targets = nearness.clamp(0, 1)
+    return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
