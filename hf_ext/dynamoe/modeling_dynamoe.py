@@ -12,7 +12,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .configuration_dynamoe import DynaMoeConfig, checked_sensitivity
 from .nested_mlp import NestedMlp, Routing, nest_mlps
-from .routing import router_loss
+from .routing import chosen_experts, router_loss
 
 
 @dataclass
@@ -26,7 +26,7 @@ class DynaMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
         router_logits (`tuple[torch.Tensor]`, *optional*):
             One of shape `(batch_size, sequence_length, outputs)` for each layer, with `output_router_logits=True`.
         nearness (`torch.Tensor` of shape `(num_layers, batch_size, sequence_length, num_experts - 1)`, *optional*):
-            How near each smaller expert comes to the whole MLP, with `output_router_logits=True` and `labels`.
+            How near each smaller expert comes to the whole MLP, with `output_nearness=True`.
         expert_index (`torch.LongTensor` of shape `(num_layers, batch_size, sequence_length)`, *optional*):
             The expert that each token took, with `output_router_logits=True`.
         active_parameters (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -172,6 +172,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
         expert_index: int | torch.LongTensor | None = None,
         follow_labels: torch.BoolTensor | None = None,
         output_router_logits: bool | None = None,
+        output_nearness: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> DynaMoeCausalLMOutputWithPast:
@@ -185,10 +186,13 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
                 The expert to take instead of the routers' choice: one for all tokens, or one for each.
             follow_labels (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Tokens that take the expert which their measured nearness asks for instead of the router's choice: how
-                training keeps fresh routers from deciding. Needs `output_router_logits=True` and `labels`.
+                training keeps fresh routers from deciding. Needs `output_nearness=True`.
             output_router_logits (`bool`, *optional*):
-                Adds `router_logits`, `expert_index` and `active_parameters` to the output, and with `labels` also `nearness`
-                and `aux_loss`, which is then a part of `loss`. By default the configuration's.
+                Adds `router_logits`, `expert_index` and `active_parameters` to the output, and with `labels` also `aux_loss`,
+                which is then a part of `loss`. By default the configuration's.
+            output_nearness (`bool`, *optional*):
+                Measures how near each expert comes to the whole MLP, at the cost of the dense model, and adds `nearness`. By
+                default where `aux_loss` needs it.
 
         Returns:
             [`DynaMoeCausalLMOutputWithPast`]
@@ -221,13 +225,14 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
         if not self.training and not torch.compiler.is_compiling():
             self._count(layers, attention_mask)
         result = DynaMoeCausalLMOutputWithPast(**outputs)
+        if measures:
+            result.nearness = torch.stack([layer.nearness for layer in layers])
         if not wants_routing:
             return result
         result.router_logits = tuple(layer.router_logits for layer in layers)
         result.expert_index = torch.stack([layer.expert_index for layer in layers])
         result.active_parameters = self.count_active_parameters(result.expert_index)
-        if measures:
-            result.nearness = torch.stack([layer.nearness for layer in layers])
+        if measures and labels is not None:
             result.aux_loss = self._aux_loss(result, sensitivity, attention_mask)
             if result.loss is not None:
                 result.loss = result.loss + self.config.router_aux_loss_coef * result.aux_loss.to(result.loss.device)
@@ -258,7 +263,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
 
         Args:
             outputs ([`DynaMoeCausalLMOutputWithPast`]):
-                Of a call with `labels` and `output_router_logits=True`.
+                Of a call with `output_router_logits=True` and `output_nearness=True`.
             sensitivity (`float` or `torch.Tensor` of shape `(batch_size, 1)`, *optional*):
                 What the labels of a classifier are made with. By default the model's.
 
@@ -268,6 +273,22 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
         sensitivity = self.config.sensitivity if sensitivity is None else sensitivity
         pairs = zip(outputs.router_logits, outputs.nearness, strict=True)
         return torch.stack([router_loss(r, n, self.config.router_type, sensitivity) for r, n in pairs]).mean(0)
+
+    def choices(self, router_logits: torch.Tensor, sensitivity: float | torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The experts that a layer's router chooses.
+
+        Args:
+            router_logits (`torch.Tensor` of shape `(batch_size, sequence_length, outputs)`):
+                One of the `router_logits` of a call.
+            sensitivity (`float` or `torch.Tensor` of shape `(batch_size, 1)`, *optional*):
+                By default the model's.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, sequence_length)`.
+        """
+        sensitivity = self.config.sensitivity if sensitivity is None else sensitivity
+        return chosen_experts(router_logits, self.config.router_type, sensitivity)
 
     def count_active_parameters(self, expert_index: torch.Tensor) -> torch.Tensor:
         """

@@ -44,14 +44,14 @@ def smallest_sufficient(nearness: torch.Tensor, sensitivity: float | torch.Tenso
         nearness (`torch.Tensor` of shape `(..., num_experts - 1)`):
             Measured or predicted nearness of all experts but the last, which is the whole MLP and always sufficient.
         sensitivity (`float` or `torch.Tensor` that broadcasts to `(...)`):
-            Nearness demanded.
+            Nearness demanded; 1 is met by the whole MLP alone.
 
     Returns:
         `torch.LongTensor` of shape `(...)`.
     """
-    if isinstance(sensitivity, torch.Tensor):
-        sensitivity = sensitivity.to(nearness.device)[..., None]
-    sufficient = nearness >= sensitivity
+    sensitivity = torch.as_tensor(sensitivity, device=nearness.device, dtype=nearness.dtype)[..., None]
+    # A projection can exceed 1, and yet full sensitivity means the whole MLP.
+    sufficient = (nearness >= sensitivity) & (sensitivity < 1)
     # Nearness need not ascend: the first sufficient expert counts, whatever a larger one does.
     return (sufficient.cumsum(-1) == 0).sum(-1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from trl import SFTTrainer
 
 from hf_ext.hub.model_card import mtp_model_card
+from hf_ext.row_generators import row_generator
 
 from .configuration import GatedLoraConfig
 from .gated_lora import GatedLoraModel
@@ -164,9 +164,7 @@ class MtpTrainer(SFTTrainer):
             inputs["input_ids"].cpu(), inputs["labels"].cpu(), inputs["attention_mask"].cpu(), strict=True
         ):
             candidates = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(-1)
-            generator = torch.Generator().manual_seed(
-                zlib.crc32(ids[seen.bool()].numpy().tobytes()) ^ (self.args.seed * 1_000_003 + step)
-            )
+            generator = row_generator(ids[seen.bool()], step, self.args.seed)
             chosen = torch.randperm(len(candidates), generator=generator)[: self.args.anchors_per_sequence]
             rows.append(candidates[chosen].sort().values)
         anchors = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)

@@ -1,0 +1,315 @@
+"""Training of routers, and of a model that has to serve slices of itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from trl import SFTTrainer
+
+from hf_ext.row_generators import row_generator
+
+from .modeling_dynamoe import DynaMoeForCausalLM
+from .routing import smallest_sufficient
+from .trainer_config import DynaMoeTrainingConfig
+
+
+IGNORE_INDEX = -100
+
+
+class DynaMoeTrainer(SFTTrainer):
+    """
+    Trains a [`DynaMoeForCausalLM`] (https://huggingface.co/papers/2502.12325, section 2): next-token loss of the routed model,
+    the routers' loss against labels from the same pass, optionally the divergence from the dense model.
+
+    Data, collation, distribution, checkpoints and logging are [`~trl.SFTTrainer`]'s. With `peft_config` (LoRA, with
+    `modules_to_save=["router"]`) only adapters and routers are trained.
+
+    It logs the losses, `active_fraction`, the share of MLP neurons that tokens used, and `router_accuracy`, the share of
+    tokens whose router says what their label says. An evaluation logs loss and active fraction for each sensitivity, and
+    leaves the counts of labels against choices in `confusion`.
+
+    Args:
+        model (`str` or [`DynaMoeForCausalLM`]):
+            The converted model.
+        args ([`DynaMoeTrainingConfig`], *optional*):
+            Settings.
+        teacher_model ([`~transformers.PreTrainedModel`], *optional*):
+            The dense model to stay near, with `distillation_weight`. By default a copy of `model` at full sensitivity.
+        train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config and the rest:
+            As in [`~trl.SFTTrainer`].
+
+    Raises:
+        TypeError: for a model that is not converted, or another kind of `args`.
+        ValueError: for classifiers without a sensitivity, and routers alone on a trunk that they reach.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> from hf_ext import DynaMoeTrainer, DynaMoeTrainingConfig, convert_to_dynamoe, shipped_model
+
+    >>> tokenizer = AutoTokenizer.from_pretrained(shipped_model("tiny-lm"))
+    >>> texts = Dataset.from_dict({"text": ["Once upon a time there was a cat."]})
+    >>> moe = convert_to_dynamoe(shipped_model("tiny-lm"), calibration_dataset=texts, disable_tqdm=True)
+    >>> trainer = DynaMoeTrainer(
+    ...     model=moe,
+    ...     args=DynaMoeTrainingConfig(output_dir="moe", max_steps=1, report_to="none", bf16=False),
+    ...     train_dataset=texts,
+    ...     processing_class=tokenizer,
+    ... )
+    >>> output = trainer.train()  # doctest: +SKIP
+    ```
+    """
+
+    _tag_names = ["trl", "dynamoe", "hf-ext"]
+    _name = "DynaMoE"
+    # The losses are sums divided by the counts of the whole step, on all processes.
+    loss_is_scaled_for_ga = True
+
+    args: DynaMoeTrainingConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: DynaMoeTrainingConfig | None = None,
+        teacher_model: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            args = DynaMoeTrainingConfig("dynamoe")
+        if not isinstance(args, DynaMoeTrainingConfig):
+            raise TypeError(f"`args` must be a DynaMoeTrainingConfig, got {type(args).__name__}.")
+        if isinstance(model, str):
+            model = DynaMoeForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+        routed = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not isinstance(routed, DynaMoeForCausalLM):
+            raise TypeError(
+                f"`model` must be a DynaMoeForCausalLM, got {type(routed).__name__}: see `convert_to_dynamoe`."
+            )
+        if routed.config.router_type == "classifier":
+            if args.sensitivity is None:
+                raise ValueError(
+                    "`sensitivity` is needed: the routers are classifiers, whose labels are made with one."
+                )
+            routed.config.sensitivity = args.sensitivity
+        if args.router_steps and not routed.config.detach_router_input:
+            raise ValueError(
+                f"`router_steps`={args.router_steps} trains routers alone, but with `detach_router_input=False` their loss "
+                "moves the whole model: use 0, or detach."
+            )
+        if args.distillation_weight and teacher_model is None:
+            teacher_model = copy.deepcopy(routed).requires_grad_(False)
+            teacher_model.config.sensitivity = 1.0
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self.teacher = None
+        if teacher_model is not None:
+            self.teacher = self.accelerator.prepare_model(teacher_model.eval(), evaluation_mode=True)
+        # Of every figure since the last log: the sum, and what it is over.
+        self._totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        self.confusion: dict[float, torch.Tensor] = {}
+
+    @property
+    def routed(self) -> DynaMoeForCausalLM:
+        """The model, without what trains and distributes it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        named = (self.model if model is None else model).named_parameters()
+        routers = {id(parameter) for name, parameter in named if ".router." in name}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in routers]
+            if own and len(own) < len(group["params"]):
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in routers]
+                optimizer.add_param_group({**group, "params": own, "lr": self.args.router_learning_rate})
+            elif own:
+                group["lr"] = self.args.router_learning_rate
+        return optimizer
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> torch.Tensor | None:
+        """Counts the labels and the tokens of the step, over all micro-batches and processes."""
+        counts = torch.zeros(2, device=device)
+        for batch in batch_samples:
+            labels = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+            counts += torch.stack([labels, batch["attention_mask"].sum()]).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        for batch in batch_samples:
+            batch["dynamoe_num_tokens"] = counts[1]
+        return counts[0]
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        mask, labels = inputs["attention_mask"], inputs["labels"][:, 1:]
+        sensitivity, follow_labels = self._draw(inputs["input_ids"], mask)
+        routers_alone = self._routers_alone()
+        losses, outputs = self._losses(
+            model, inputs, torch.ones_like(sensitivity) if routers_alone else sensitivity, follow_labels, sensitivity
+        )
+        num_tokens = inputs.get("dynamoe_num_tokens", mask.sum()).clamp(min=1)
+        num_labels = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = self.args.router_loss_weight * losses["router_loss"] / num_tokens
+        if not routers_alone:
+            of_labels = self.args.lm_loss_weight * losses["lm_loss"]
+            if self.teacher is not None:
+                of_labels = of_labels + self.args.distillation_weight * losses["distillation_loss"]
+            loss = loss + of_labels / torch.as_tensor(num_labels).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # DDP averages gradients over processes, and the counts are those of all of them.
+            loss = loss * self.accelerator.num_processes
+        self._record("train", inputs, outputs, losses, sensitivity)
+        return (loss, outputs) if return_outputs else loss
+
+    def _routers_alone(self) -> bool:
+        return self.state.global_step < self.args.router_steps
+
+    def _draw(self, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A sensitivity for each row, and the tokens that follow their labels."""
+        args, step = self.args, self.state.global_step
+        span = args.label_forcing_ratio * max(self.state.max_steps - args.router_steps, 1)
+        progress = min(1.0, max(0, step - args.router_steps) / span) if span else 1.0
+        forced = 1 + (args.label_forcing - 1) * progress
+        sensitivities, follow = [], torch.zeros(input_ids.shape, dtype=torch.bool)
+        for row, (ids, seen) in enumerate(zip(input_ids.cpu(), mask.cpu().bool(), strict=True)):
+            generator = row_generator(ids[seen], step, args.seed)
+            drawn = args.min_sensitivity + (1 - args.min_sensitivity) * torch.rand((), generator=generator)
+            sensitivities.append(float(drawn) if args.sensitivity is None else args.sensitivity)
+            follow[row, seen] = torch.rand(int(seen.sum()), generator=generator) < forced
+        return torch.tensor(sensitivities, device=input_ids.device), follow.to(input_ids.device)
+
+    def _losses(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        sensitivity: Any,
+        follow_labels: torch.Tensor | None,
+        label_sensitivity: torch.Tensor,
+    ) -> tuple[dict[str, torch.Tensor], Any]:
+        """Sums over the tokens of a batch, and the model's outputs."""
+        mask, labels = inputs["attention_mask"], inputs["labels"][:, 1:]
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=mask,
+            use_cache=False,
+            sensitivity=sensitivity,
+            follow_labels=follow_labels,
+            output_router_logits=True,
+            output_nearness=True,
+        )
+        logits = outputs.logits[:, :-1].float()
+        losses = {
+            "router_loss": (self.routed.router_losses(outputs, label_sensitivity[:, None]) * mask).sum(),
+            "lm_loss": F.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            ),
+        }
+        if self.teacher is not None and self.model.training:
+            with torch.no_grad():
+                said = self.teacher(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False).logits
+            divergence = F.kl_div(
+                logits.log_softmax(-1), said[:, :-1].float().log_softmax(-1), reduction="none", log_target=True
+            )
+            losses["distillation_loss"] = (divergence.sum(-1) * (labels != IGNORE_INDEX)).sum()
+        return losses, outputs
+
+    @torch.no_grad()
+    def _record(
+        self,
+        mode: str,
+        inputs: dict[str, torch.Tensor],
+        outputs: Any,
+        losses: dict[str, torch.Tensor],
+        sensitivity: torch.Tensor,
+        prefix: str = "",
+    ) -> None:
+        gather, config = self.accelerator.gather_for_metrics, self.routed.config
+        mask = inputs["attention_mask"].bool()
+        num_tokens, num_labels = mask.sum(), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+        pairs = {
+            name: torch.stack([value.detach().float(), num_tokens if name == "router_loss" else num_labels])
+            for name, value in losses.items()
+        }
+        widths = torch.tensor(config.expert_widths, device=mask.device) / config.expert_widths[-1]
+        # Of the routers' own choices: while they train alone the model runs dense.
+        chosen = torch.stack([self.routed.choices(logits, sensitivity[:, None]) for logits in outputs.router_logits])
+        wanted = smallest_sufficient(outputs.nearness, sensitivity[:, None])
+        of_tokens = {
+            "active_fraction": widths[chosen].mean(0),
+            "label_fraction": widths[wanted].mean(0),
+            "router_accuracy": (chosen == wanted).float().mean(0),
+        }
+        for name, values in of_tokens.items():
+            pairs[name] = torch.stack([(values * mask).sum(), num_tokens])
+        for name, pair in zip(pairs, gather(torch.stack(list(pairs.values())).float()[None]).sum(0), strict=True):
+            self._totals[mode][prefix + name] = self._totals[mode].get(prefix + name, 0) + pair
+        if mode == "train":
+            self._total_train_tokens += gather(num_tokens).sum().item()
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+            return
+        pairs_of_experts = (wanted * config.num_experts + chosen)[:, mask]
+        counts = torch.stack([p.bincount(minlength=config.num_experts**2) for p in pairs_of_experts])
+        counts = gather(counts[None]).sum(0).unflatten(-1, (config.num_experts, config.num_experts)).cpu()
+        self.confusion[float(sensitivity[0])] = self.confusion.get(float(sensitivity[0]), 0) + counts
+
+    def _figures(self, mode: str) -> dict[str, float]:
+        """Averages since the last call, over all tokens, however these were spread over batches."""
+        totals, self._totals[mode] = self._totals[mode], {}
+        pairs = {name: pair.tolist() for name, pair in totals.items()}
+        return {name: total / count for name, (total, count) in pairs.items() if count > 0}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs.update(self._figures("train"))
+        super().log(logs, start_time)
+
+    @property
+    def _evaluated(self) -> list[float]:
+        config = self.routed.config
+        return (
+            sorted({config.sensitivity, 1.0}) if config.router_type == "classifier" else self.args.eval_sensitivities
+        )
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        rows = inputs["input_ids"].shape[0]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for value in self._evaluated:
+                sensitivity = torch.full((rows,), value, device=inputs["input_ids"].device)
+                losses, outputs = self._losses(model, inputs, sensitivity, None, sensitivity)
+                self._record("eval", inputs, outputs, losses, sensitivity, prefix=f"{value:g}_")
+        return losses["lm_loss"].detach(), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        self.confusion = {}
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        figures = self._figures("eval")
+        by_sensitivity = [figures[f"{value:g}_lm_loss"] for value in self._evaluated]
+        # In place of a mean over batches: the mean over sensitivities of the losses over all tokens.
+        figures["loss"] = sum(by_sensitivity) / len(by_sensitivity)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output

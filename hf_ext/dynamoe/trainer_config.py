@@ -1,0 +1,93 @@
+"""Settings of [`DynaMoeTrainer`]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from .configuration_dynamoe import checked_sensitivity
+
+
+@dataclass
+class DynaMoeTrainingConfig(SFTConfig):
+    """
+    Configuration of [`DynaMoeTrainer`]. Only what is special to nested experts is described here; the rest is
+    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+
+    Args:
+        lm_loss_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the next-token loss of the routed model.
+        router_loss_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the routers' loss, a mean over layers and tokens.
+        distillation_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the divergence from the dense model's distribution to the routed model's. Not in the paper; on text
+            that the model might have written itself it says more than the next token does.
+        sensitivity (`float`, *optional*):
+            The sensitivity to train for. By default ordinal routers train for all: each row of each step draws its own
+            between `min_sensitivity` and 1. Classifiers need one.
+        min_sensitivity (`float`, *optional*, defaults to `0.3`):
+            The least that is drawn.
+        router_steps (`int`, *optional*, defaults to `200`):
+            First steps in which the routers alone are trained, on the dense model (the paper's recipe leaves it open).
+        label_forcing (`float`, *optional*, defaults to `0.1`):
+            Share of tokens that take the expert of their label instead of the router's choice, reached from 1 by a straight
+            line over `label_forcing_ratio` of the steps.
+        label_forcing_ratio (`float`, *optional*, defaults to `0.1`):
+            Share of the steps behind `router_steps` in which it falls.
+        router_learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Initial learning rate of the routers, with the same schedule.
+        eval_sensitivities (`list[float]`, *optional*, defaults to `[0.5, 0.7, 0.8, 0.9, 1.0]`):
+            What is evaluated; classifiers have their own and 1.
+        learning_rate (`float`, *optional*, defaults to `1e-5`):
+            Initial learning rate of everything else.
+
+    Raises:
+        ValueError: for negative weights, shares and sensitivities outside 0 to 1, and options of SFT that have no effect.
+    """
+
+    lm_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the routed model's next-token loss."})
+    router_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the routers' loss."})
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the divergence from the dense model's distribution."}
+    )
+    sensitivity: float | None = field(
+        default=None, metadata={"help": "Sensitivity to train for; by default all from `min_sensitivity` to 1."}
+    )
+    min_sensitivity: float = field(default=0.3, metadata={"help": "Least sensitivity that is drawn."})
+    router_steps: int = field(default=200, metadata={"help": "First steps, which train the routers alone."})
+    label_forcing: float = field(
+        default=0.1, metadata={"help": "Share of tokens that follow their label instead of the router, at the end."}
+    )
+    label_forcing_ratio: float = field(
+        default=0.1, metadata={"help": "Share of the steps in which it falls there from 1."}
+    )
+    router_learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of the routers."})
+    eval_sensitivities: list[float] = field(
+        default_factory=lambda: [0.5, 0.7, 0.8, 0.9, 1.0], metadata={"help": "Sensitivities to evaluate."}
+    )
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of everything else."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lm_loss_weight", "router_loss_weight", "distillation_weight", "router_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        for name in ("label_forcing", "label_forcing_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be from 0 to 1, got {getattr(self, name)}.")
+        for sensitivity in (self.min_sensitivity, *self.eval_sensitivities, *filter(None, [self.sensitivity])):
+            checked_sensitivity(sensitivity)
+        if self.packing or self.padding_free or self.eval_packing:
+            raise ValueError(
+                "`packing` and `padding_free` put several texts into one row, and a row draws one sensitivity for all. Leave "
+                "them off."
+            )
+        if self.loss_type != "nll" or self.label_smoothing_factor or self.use_liger_kernel:
+            raise ValueError(
+                "`loss_type`, `label_smoothing_factor` and `use_liger_kernel` have no effect on the losses of routed tokens; "
+                "leave them at their defaults."
+            )
+        if self.router_steps and self.ddp_find_unused_parameters is None:
+            # While routers train alone, nothing else gets a gradient.
+            self.ddp_find_unused_parameters = True
