@@ -1,0 +1,1 @@
+"""Text-defined keyword spotting. Import the public names from `hf_ext`: this package itself loads none of its modules."""

@@ -1,0 +1,117 @@
+"""Written English as words: numbers, symbols, accents and punctuation become what a person would say."""
+
+import re
+import unicodedata
+from functools import lru_cache
+from typing import Any
+
+from hf_ext._extras import missing_extra
+
+
+_SYMBOLS = {"&": " and ", "%": " percent ", "@": " at ", "+": " plus ", "°": " degrees "}
+# Latin letters that Unicode does not take apart into a letter and a mark.
+_LATIN = {"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "ł": "l", "ı": "i"}
+_ABBREVIATIONS = {"i.e.": "that is", "e.g.": "for example"}
+_CURRENCIES = {"$": ("dollar", "cent"), "€": ("euro", "cent"), "£": ("pound", "penny")}
+_DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def spell_out(text: str) -> list[str]:
+    """
+    The words of a text, as they are spoken.
+
+    Numbers are read as g2p_en reads them; decimals digit by digit. Words keep their apostrophes, and the dots and hyphens
+    inside them, for the lexicon to be asked first.
+
+    Args:
+        text (`str`):
+            English text.
+
+    Returns:
+        `list[str]`: Words in lower case. Punctuation and pictures are left out.
+
+    Raises:
+        ValueError: if the text has letters that are not Latin.
+
+    Example:
+
+    ```python
+    >>> from hf_ext.kws.spelling import spell_out
+
+    >>> spell_out("Set 2 alarms, 7:05 & 10%!")
+    ['set', 'two', 'alarms', 'seven', 'oh', 'five', 'and', 'ten', 'percent']
+    ```
+    """
+    original = text
+    text = unicodedata.normalize("NFKD", text.casefold().replace("’", "'"))
+    text = "".join(_LATIN.get(char, char) for char in text if unicodedata.category(char) != "Mn")
+    for short, long in _ABBREVIATIONS.items():
+        text = text.replace(short, long)
+    text = _numbers_as_words(text)
+    for symbol, word in _SYMBOLS.items():
+        text = text.replace(symbol, word)
+    foreign = sorted({char for char in text if char.isalpha() and not "a" <= char <= "z"})
+    if foreign:
+        raise ValueError(
+            f"The letters {foreign} of {original!r} are not Latin and can't be pronounced: write the words as they sound "
+            "in English, or their phonemes in braces, as in '{HH EY1} computer'."
+        )
+    words = re.findall(r"[a-z'.\-]+", text)
+    return [word for word in words if any("a" <= char <= "z" for char in word)]
+
+
+def _numbers_as_words(text: str) -> str:
+    if not re.search(r"\d", text):
+        return text
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
+    text = re.sub(r"([$€£]) ?(\d+)(?:\.(\d\d))?(?![\d.]*\d)", _money, text)
+    text = re.sub(r"\b(\d{1,2}):([0-5]\d)\b", _time_of_day, text)
+    text = re.sub(r"(?<![\w.])-(?=\d)", " minus ", text)
+    text = re.sub(r"\d+(?:st|nd|rd|th)\b", lambda match: f" {_inflect().number_to_words(match[0])} ", text)
+    text = re.sub(r"(\d+)?\.(\d+)", lambda m: f" {m[1] or 0} point {' '.join(_digits(m[2]))} ", text)
+    return re.sub(r"\d+", lambda match: f" {_cardinal(match[0])} ", text)
+
+
+def _money(match: re.Match[str]) -> str:
+    unit, cent = _CURRENCIES[match[1]]
+    whole, part = int(match[2]), int(match[3] or 0)
+    amounts = [f"{match[2]} {unit}{'' if whole == 1 else 's'}"] if whole or not part else []
+    if part:
+        cents = "pence" if cent == "penny" else "cents"
+        amounts.append(f"{part} {cent if part == 1 else cents}")
+    return f" {' '.join(amounts)} "
+
+
+def _time_of_day(match: re.Match[str]) -> str:
+    hours, minutes = match.groups()
+    if minutes == "00":
+        return f" {int(hours)} o'clock "
+    return f" {int(hours)} oh {minutes[1]} " if minutes[0] == "0" else f" {int(hours)} {minutes} "
+
+
+def _cardinal(digits: str) -> str:
+    # What begins with a zero or is longer than any amount is a code or a telephone number.
+    if (digits[0] == "0" and len(digits) > 1) or len(digits) > 12:
+        return " ".join(_digits(digits))
+    number, words = int(digits), _inflect().number_to_words
+    if 1000 < number < 3000 and number != 2000:
+        # As years are read.
+        if 2000 < number < 2010:
+            return f"two thousand {words(number % 100)}"
+        if number % 100 == 0:
+            return f"{words(number // 100)} hundred"
+        return words(number, andword="", zero="oh", group=2).replace(", ", " ")
+    return words(number, andword="").replace(",", "")
+
+
+def _digits(digits: str) -> list[str]:
+    return [_DIGIT_NAMES[int(digit)] for digit in digits]
+
+
+@lru_cache(maxsize=1)
+def _inflect() -> Any:
+    try:
+        import inflect
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, needed_by="Reading numbers aloud") or error from error
+    return inflect.engine()

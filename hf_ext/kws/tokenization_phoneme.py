@@ -1,0 +1,137 @@
+"""Text as phonemes."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizer
+
+from hf_ext.kws.g2p import SYMBOLS, Pronunciation, check_phonemes, pronunciations
+
+
+class PhonemeTokenizer(PreTrainedTokenizer):
+    """
+    Turns English text into phonemes: ARPAbet with stress digits, in the 74 symbols of g2p_en.
+
+    Words are looked up in the CMU pronouncing dictionary; those it lacks are guessed by g2p_en's network. Numbers and
+    symbols are read aloud, punctuation is left out and so are the boundaries between words. Nothing is downloaded.
+
+    What stands between braces is taken as phonemes, so that a word can be given its pronunciation wherever a text is
+    expected: `"{HH EY1} computer"`.
+
+    Args:
+        lexicon (`dict[str, str | list[str]]`, *optional*):
+            Pronunciations of words that the packaged lexicon lacks or has otherwise, the usual one first:
+            `{"snowboy": "S N OW1 B OY2"}`. Saved with the tokenizer.
+        **kwargs:
+            Passed to `PreTrainedTokenizer`.
+
+    Raises:
+        ValueError: if a text has nothing that can be pronounced, letters that are not Latin, or unknown phonemes between
+            braces.
+
+    Example:
+
+    ```python
+    >>> from hf_ext import PhonemeTokenizer
+
+    >>> tokenizer = PhonemeTokenizer(lexicon={"snowboy": "S N OW1 B OY2"})
+    >>> tokenizer.tokenize("Hey, snowboy!")
+    ['HH', 'EY1', 'S', 'N', 'OW1', 'B', 'OY2']
+    >>> tokenizer("hey")["input_ids"]
+    [37, 33]
+    >>> tokenizer.decode([37, 33])
+    'HH EY1'
+    >>> tokenizer.pronunciations("zero")
+    [['Z', 'IH1', 'R', 'OW0'], ['Z', 'IY1', 'R', 'OW0']]
+    ```
+    """
+
+    # The inventory is part of the class: there is no vocabulary file.
+    vocab_files_names: dict[str, str] = {}
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "right"
+
+    def __init__(self, lexicon: Mapping[str, str | Sequence[str]] | None = None, **kwargs: Any) -> None:
+        lexicon = dict(lexicon or {})
+        self._lexicon = {_headword(word): _checked(word, entry) for word, entry in lexicon.items()}
+        self._ids = {symbol: i for i, symbol in enumerate(SYMBOLS)}
+        defaults = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        super().__init__(lexicon=lexicon, **{**defaults, **kwargs})
+
+    @property
+    def vocab_size(self) -> int:
+        return len(SYMBOLS)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self._ids, **self.added_tokens_encoder}
+
+    def pronunciations(self, text: str, max_pronunciations: int = 8) -> list[list[str]]:
+        """
+        The ways to pronounce a text, the one that tokenizing it gives first.
+
+        Args:
+            text (`str`):
+                English text, with phonemes between braces where wanted.
+            max_pronunciations (`int`, *optional*, defaults to `8`):
+                At most this many.
+
+        Returns:
+            `list[list[str]]`: Phonemes.
+        """
+        if max_pronunciations < 1:
+            raise ValueError(f"`max_pronunciations` must be at least 1, got {max_pronunciations}.")
+        found = pronunciations(text, self._lexicon, limit=max_pronunciations)
+        if not found:
+            raise _unpronounceable(text)
+        return [list(phonemes) for phonemes in found]
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        tokens = super().tokenize(text, **kwargs)
+        if not tokens:
+            raise _unpronounceable(text)
+        return tokens
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        # A part of the text between special tokens, which may be a blank.
+        return list(itertools.chain(*pronunciations(text, self._lexicon, limit=1)))
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._ids.get(token, self._ids["<unk>"])
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return SYMBOLS[index] if 0 <= index < len(SYMBOLS) else "<unk>"
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return " ".join(tokens)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        return token_ids_0 + (token_ids_1 or [])
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        return ()
+
+
+def _headword(word: str) -> str:
+    word = word.casefold().replace("’", "'")
+    if not word or any(not ("a" <= char <= "z" or char in "'.-") for char in word):
+        raise ValueError(
+            f"`lexicon` has the entry {word!r}: its entries are single words in Latin letters, numbers and symbols spelled out."
+        )
+    return word
+
+
+def _checked(word: str, entry: str | Sequence[str]) -> list[Pronunciation]:
+    spoken = [entry] if isinstance(entry, str) else list(entry)
+    if not spoken:
+        raise ValueError(f"`lexicon` gives no pronunciation for {word!r}.")
+    return [check_phonemes(phonemes) for phonemes in spoken]
+
+
+def _unpronounceable(text: str) -> ValueError:
+    return ValueError(
+        f"Nothing in the text {text!r} can be pronounced: write a phrase in Latin letters or digits, or phonemes in "
+        "braces, as in '{HH EY1} computer'."
+    )
