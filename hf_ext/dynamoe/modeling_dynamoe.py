@@ -198,11 +198,9 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
             [`DynaMoeCausalLMOutputWithPast`]
         """
         wants_routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        measures = wants_routing and labels is not None
+        measures = (wants_routing and labels is not None) if output_nearness is None else output_nearness
         if follow_labels is not None and not measures:
-            raise ValueError(
-                "`follow_labels` needs `labels` and `output_router_logits=True`: labels are measured then."
-            )
+            raise ValueError("`follow_labels` needs `output_nearness=True`: a token's label is measured then.")
         if isinstance(sensitivity, torch.Tensor):
             sensitivity = sensitivity[:, None]
         else:

@@ -41,6 +41,8 @@ class DynaMoeTrainingConfig(SFTConfig):
             What is evaluated; classifiers have their own and 1.
         learning_rate (`float`, *optional*, defaults to `1e-5`):
             Initial learning rate of everything else.
+        gradient_checkpointing (`bool`, *optional*):
+            Off by default, unlike in SFT; `activation_checkpointing=True` turns it on.
 
     Raises:
         ValueError: for negative weights, shares and sensitivities outside 0 to 1, and options of SFT that have no effect.
@@ -67,6 +69,10 @@ class DynaMoeTrainingConfig(SFTConfig):
         default_factory=lambda: [0.5, 0.7, 0.8, 0.9, 1.0], metadata={"help": "Sensitivities to evaluate."}
     )
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of everything else."})
+    # Not False: transformers takes a value for the use of a deprecated name.
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in the backward pass."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

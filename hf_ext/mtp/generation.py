@@ -371,14 +371,19 @@ def _check_positions(config: Any, generation_config: GenerationConfig, num_masks
     verified together get other states than one by one. Up to the length where they begin to stretch they are exact.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    types = {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))}
-    stretching = sorted(str(kind) for kind in types & {"dynamic", "longrope"})
+    # One rope for all layers, or one for each type of layer.
+    ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    stretching = [
+        (r.get("original_max_position_embeddings") or config.max_position_embeddings, r["rope_type"])
+        for r in ropes
+        if r.get("rope_type") in ("dynamic", "longrope")
+    ]
     if not stretching:
         return
-    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    limit, kind = min(stretching)
     if generation_config.max_length + num_masks >= limit:
         raise ValueError(
-            f"Rope of type '{stretching[0]}' changes with the length of the text from position {limit} on, so guesses "
+            f"Rope of type '{kind}' changes with the length of the text from position {limit} on, so guesses "
             f"can't be verified exactly there; prompt, new tokens and masks reach {generation_config.max_length} + "
             f"{num_masks}. Lower `max_new_tokens`, or generate inside `with model.disable_adapter():`."
         )
