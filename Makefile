@@ -11,15 +11,16 @@ STEPS ?= 1000
 DEMO_ARGS ?=
 
 VENV := .venv
+VENV_TORCHAUDIO := .venv-torchaudio
 BIN := $(VENV)/bin
 BENCH := $(BIN)/python benchmarks/mtp
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test test-torchaudio check format bench clean
 
 help:  ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # torch comes first and by itself: the constraint then decides which build is taken, and what is installed afterwards
 # finds it there instead of choosing one. A change of the dependencies makes the environment up to date again.
@@ -44,6 +45,16 @@ demo: $(VENV)/.demo  ## Speed up a language model and show that its output is un
 test: check  ## Run the checks and all tests, as CI does; PYTEST_ARGS='-k layout' selects.
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
+# The only torch beside which torchaudio loads: an environment of its own, several gigabytes, and not a part of `make test`.
+$(VENV_TORCHAUDIO)/.dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV_TORCHAUDIO)
+	$(VENV_TORCHAUDIO)/bin/python -m pip install --disable-pip-version-check torch==2.11.0 torchaudio==2.11.0
+	$(VENV_TORCHAUDIO)/bin/python -m pip install --disable-pip-version-check --editable '.[audio]' pytest
+	@touch $@
+
+test-torchaudio: $(VENV_TORCHAUDIO)/.dev  ## Compare the audio front end with torchaudio's.
+	$(VENV_TORCHAUDIO)/bin/python -m pytest -s tests_torchaudio $(PYTEST_ARGS)
+
 check: $(VENV)/.dev  ## Check formatting, lint and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -61,4 +72,4 @@ bench: $(VENV)/.dev  ## Measure what benchmarks/README.md lists; MODEL=... ADAPT
 	$(BENCH)/ablations.py --model $(MODEL) --training_text $(ADAPTER) --steps $(STEPS)
 
 clean:  ## Remove the environment and what was built.
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TORCHAUDIO) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -14,12 +14,13 @@ from hf_ext.registration import register
 
 if TYPE_CHECKING:
     from hf_ext.assets import shipped_model
-    from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
     from hf_ext.dynamoe.configuration_dynamoe import DynaMoeConfig
     from hf_ext.dynamoe.conversion import convert_to_dynamoe
     from hf_ext.dynamoe.modeling_dynamoe import DynaMoeForCausalLM
     from hf_ext.dynamoe.trainer import DynaMoeTrainer
     from hf_ext.dynamoe.trainer_config import DynaMoeTrainingConfig
+    from hf_ext.kws.feature_extraction_kws import KwsFeatureExtractor, KwsStreamState
+    from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
     from hf_ext.mtp.configuration import GatedLoraConfig
     from hf_ext.mtp.gated_lora import GatedLoraModel
     from hf_ext.mtp.generation import MtpGenerateOutput, MtpGenerationMixin, mtp_generate
@@ -37,10 +38,13 @@ __all__ = [
     "DynaMoeTrainingConfig",
     "GatedLoraConfig",
     "GatedLoraModel",
+    "KwsFeatureExtractor",
+    "KwsStreamState",
     "MtpConfig",
     "MtpGenerateOutput",
     "MtpGenerationMixin",
     "MtpTrainer",
+    "PhonemeTokenizer",
     "convert_to_dynamoe",
     "generate_completions",
     "mtp_generate",
@@ -54,6 +58,8 @@ _MODULE_OF_NAME = {
     "DynaMoeTrainingConfig": "hf_ext.dynamoe.trainer_config",
     "GatedLoraConfig": "hf_ext.mtp.configuration",
     "GatedLoraModel": "hf_ext.mtp.gated_lora",
+    "KwsFeatureExtractor": "hf_ext.kws.feature_extraction_kws",
+    "KwsStreamState": "hf_ext.kws.feature_extraction_kws",
     "MtpConfig": "hf_ext.mtp.trainer_config",
     "MtpGenerateOutput": "hf_ext.mtp.generation",
     "MtpGenerationMixin": "hf_ext.mtp.generation",

@@ -8,7 +8,7 @@ import pytest
 
 MODULES = ["hub.model_card", "mtp.configuration", "mtp.gated_lora", "mtp.generation", "mtp.layout", "mtp.losses"]
 MODULES += ["mtp.on_policy", "mtp.trainer"]
-MODULES += ["kws.g2p", "kws.spelling", "kws.tokenization_phoneme"]
+MODULES += ["kws.feature_extraction_kws", "kws.g2p", "kws.spelling", "kws.tokenization_phoneme"]
 
 
 class FencedParser(doctest.DocTestParser):
