@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -256,7 +258,7 @@ class TestBadInput:
             KwsFeatureExtractor(**settings)
 
     def test_missing_soxr_is_named(self, extractor, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "soxr", None)
+        monkeypatch.setitem(sys.modules, "soxr", None)
         with pytest.raises(ImportError, match=r"soxr.*hf-ext\[audio\]"):
             extractor(noise(), sampling_rate=8000)
 
