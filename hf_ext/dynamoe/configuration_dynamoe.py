@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -33,6 +35,8 @@ class DynaMoeConfig(PreTrainedConfig):
         sensitivity (`float`, *optional*, defaults to `1.0`):
             Nearness that a token demands, from 0 to 1. 1 is the dense model. For a `"classifier"` it is the one that its labels
             were made with.
+        label_sensitivity (`float`, *optional*):
+            What a `"classifier"` was trained for, while `sensitivity` is 1.
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Whether outputs carry what the routers said; with `labels`, also the routers' loss.
         router_aux_loss_coef (`float`, *optional*, defaults to `1.0`):
@@ -59,13 +63,15 @@ class DynaMoeConfig(PreTrainedConfig):
     sub_configs = {"base_config": AutoConfig}
     has_no_defaults_at_init = False
 
-    base_config: dict[str, Any] | PreTrainedConfig | None = None
-    expert_widths: list[int] | tuple[int, ...] | None = None
+    # Of the types in the docstring on the way in, a configuration and a list of integers from then on.
+    base_config: Any = None
+    expert_widths: Any = None
     router_type: Literal["ordinal", "classifier"] = "ordinal"
     router_hidden_size: int = 256
     detach_router_input: bool = True
     similarity: Literal["projection", "cosine"] = "projection"
     sensitivity: float | int = 1.0
+    label_sensitivity: float | None = None
     output_router_logits: bool = False
     router_aux_loss_coef: float = 1.0
     tie_word_embeddings: bool = False
@@ -128,10 +134,10 @@ def equal_widths(width: int, num_experts: int) -> list[int]:
 
 def checked_widths(widths: Any, width: int) -> list[int]:
     """The widths as a list, if they ascend from at least 1 to the whole MLP."""
-    widths = list(widths)
+    widths = list(widths) if isinstance(widths, Iterable) else [widths]
     if len(widths) < 2 or any(not isinstance(w, int) or isinstance(w, bool) or w < 1 for w in widths):
         raise ValueError(f"`expert_widths` must be at least two integers of at least 1, got {widths}.")
-    if any(a >= b for a, b in zip(widths, widths[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(widths)):
         raise ValueError(f"`expert_widths` must ascend, since each expert contains the one before; got {widths}.")
     if widths[-1] != width:
         raise ValueError(

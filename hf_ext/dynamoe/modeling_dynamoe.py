@@ -2,62 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .configuration_dynamoe import DynaMoeConfig, checked_sensitivity
 from .nested_mlp import NestedMlp, Routing, nest_mlps
-from .routing import chosen_experts, router_loss
-
-
-@dataclass
-class DynaMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """
-    What transformers' mixtures return, and where each token went.
-
-    Args:
-        aux_loss (`torch.Tensor`, *optional*):
-            The routers' loss, a mean over layers and tokens, with `output_router_logits=True` and `labels`.
-        router_logits (`tuple[torch.Tensor]`, *optional*):
-            One of shape `(batch_size, sequence_length, outputs)` for each layer, with `output_router_logits=True`.
-        nearness (`torch.Tensor` of shape `(num_layers, batch_size, sequence_length, num_experts - 1)`, *optional*):
-            How near each smaller expert comes to the whole MLP, with `output_nearness=True`.
-        expert_index (`torch.LongTensor` of shape `(num_layers, batch_size, sequence_length)`, *optional*):
-            The expert that each token took, with `output_router_logits=True`.
-        active_parameters (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Number of parameters that each token used, embeddings and routers included, with `output_router_logits=True`.
-    """
-
-    nearness: torch.Tensor | None = None
-    expert_index: torch.Tensor | None = None
-    active_parameters: torch.Tensor | None = None
-
-
-@dataclass
-class ExpertUsage:
-    """
-    Where the tokens of the last calls went.
-
-    Args:
-        shares (`torch.Tensor` of shape `(num_layers, num_experts)`):
-            Share of tokens that took each expert; each row sums to 1.
-        active_fraction (`float`):
-            Mean share of the MLPs' neurons that a token used.
-        active_parameters (`float`):
-            Mean number of parameters that a token used, embeddings and routers included.
-        num_tokens (`int`):
-            Number of tokens, padding not counted.
-    """
-
-    shares: torch.Tensor
-    active_fraction: float
-    active_parameters: float
-    num_tokens: int
+from .outputs import DynaMoeCausalLMOutputWithPast, ExpertUsage
+from .routing import check_expert_index, chosen_experts, router_loss
 
 
 class DynaMoePreTrainedModel(PreTrainedModel):
@@ -110,7 +65,9 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = AutoModelForCausalLM.from_config(config.base_config) if model is None else model
         self.routing = Routing(config.sensitivity)
-        self._usage = torch.zeros(config.base_config.num_hidden_layers, config.num_experts, dtype=torch.long)
+        # The device by name: `from_pretrained` makes the model on `meta`.
+        shape = (config.base_config.num_hidden_layers, config.num_experts)
+        self._usage = torch.zeros(shape, dtype=torch.long, device="cpu")
         nest_mlps(self.model, config, self.routing)
         self.post_init()
 
@@ -148,17 +105,40 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
             ValueError: for a value outside 0 to 1, and for one between that a classifier's labels were not made with.
         """
         sensitivity = checked_sensitivity(sensitivity)
-        self._check_serves(sensitivity)
+        self._check_serves([sensitivity])
+        if self.config.router_type == "classifier" and self.config.sensitivity < 1:
+            self.config.label_sensitivity = self.config.sensitivity
         self.config.sensitivity = sensitivity
 
-    def _check_serves(self, sensitivity: float) -> None:
-        trained = self.config.sensitivity
-        if self.config.router_type == "classifier" and sensitivity < 1 and trained < 1 and sensitivity != trained:
+    def _check_serves(self, sensitivities: list[float]) -> None:
+        config = self.config
+        trained = config.sensitivity if config.sensitivity < 1 else config.label_sensitivity
+        if config.router_type != "classifier" or trained is None:
+            return
+        # As near as float32 tells two of them apart.
+        wrong = [value for value in sensitivities if value < 1 and abs(value - trained) > 1e-6]
+        if wrong:
             raise ValueError(
-                f"`sensitivity`={sensitivity}, but the routers of this model are classifiers for {trained}: they serve that "
-                "and 1. Train another, or convert with `router_type='ordinal'`, which serves every sensitivity."
+                f"`sensitivity`={wrong[0]:g}, but the routers of this model are classifiers for {trained}: they serve that and "
+                "1. Train another, or convert with `router_type='ordinal'`, which serves every sensitivity."
             )
 
+    def _checked_sensitivity(self, sensitivity: float | torch.Tensor | None, num_rows: int) -> float | torch.Tensor:
+        """One number, or one for each row that broadcasts over its tokens."""
+        if isinstance(sensitivity, torch.Tensor):
+            if sensitivity.shape != (num_rows,):
+                raise ValueError(
+                    f"`sensitivity` must be a number or a tensor of shape ({num_rows},), one for each row, got shape "
+                    f"{tuple(sensitivity.shape)}."
+                )
+            if not torch.compiler.is_compiling():  # a graph can't ask for values
+                self._check_serves([checked_sensitivity(value) for value in sensitivity.tolist()])
+            return sensitivity[:, None]
+        sensitivity = self.config.sensitivity if sensitivity is None else checked_sensitivity(sensitivity)
+        self._check_serves([sensitivity])
+        return sensitivity
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -173,6 +153,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
         follow_labels: torch.BoolTensor | None = None,
         output_router_logits: bool | None = None,
         output_nearness: bool | None = None,
+        token_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> DynaMoeCausalLMOutputWithPast:
@@ -193,21 +174,32 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
             output_nearness (`bool`, *optional*):
                 Measures how near each expert comes to the whole MLP, at the cost of the dense model, and adds `nearness`. By
                 default where `aux_loss` needs it.
+            token_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                0 at padding, which is routed like all tokens but neither counted nor part of `aux_loss`. By default the end
+                of `attention_mask`.
 
         Returns:
             [`DynaMoeCausalLMOutputWithPast`]
+
+        Raises:
+            ValueError: for a sensitivity, experts or labels to follow of another shape or outside their range.
         """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise ValueError("Neither `input_ids` nor `inputs_embeds` is given: the model needs one of them.")
+        shape = tuple(given.shape[:2])
         wants_routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
         measures = (wants_routing and labels is not None) if output_nearness is None else output_nearness
         if follow_labels is not None and not measures:
             raise ValueError("`follow_labels` needs `output_nearness=True`: a token's label is measured then.")
-        if isinstance(sensitivity, torch.Tensor):
-            sensitivity = sensitivity[:, None]
-        else:
-            sensitivity = self.config.sensitivity if sensitivity is None else checked_sensitivity(sensitivity)
-            self._check_serves(sensitivity)
+        if follow_labels is not None and tuple(follow_labels.shape) != shape:
+            raise ValueError(f"`follow_labels` must have shape {shape}, got {tuple(follow_labels.shape)}.")
+        if token_mask is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -shape[1] :]
+        sensitivity = self._checked_sensitivity(sensitivity, shape[0])
+        check_expert_index(expert_index, self.config.base_config.num_hidden_layers, shape, self.config.num_experts)
         routing = self.routing
-        routing.begin(sensitivity, self._checked_expert(expert_index), follow_labels, wants_routing, measures)
+        routing.begin(sensitivity, expert_index, follow_labels, wants_routing, measures)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -220,37 +212,52 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
             **{**kwargs, "return_dict": True},
         )
         layers = routing.end()
+        experts = _stacked([layer.expert_index for layer in layers])
         if not self.training and not torch.compiler.is_compiling():
-            self._count(layers, attention_mask)
+            self._count(experts, token_mask)
         result = DynaMoeCausalLMOutputWithPast(**outputs)
         if measures:
-            result.nearness = torch.stack([layer.nearness for layer in layers])
+            result.nearness = _stacked([layer.nearness for layer in layers])
         if not wants_routing:
             return result
         result.router_logits = tuple(layer.router_logits for layer in layers)
-        result.expert_index = torch.stack([layer.expert_index for layer in layers])
-        result.active_parameters = self.count_active_parameters(result.expert_index)
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.nested_mlps()[0].router.parameters())
+        if trains and not result.router_logits[0].requires_grad:
+            raise ValueError(
+                "Reentrant checkpointing cuts the routers off from their loss: use "
+                "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
+            )
+        result.expert_index = experts
+        result.active_parameters = self.count_active_parameters(experts)
         if measures and labels is not None:
-            result.aux_loss = self._aux_loss(result, sensitivity, attention_mask)
+            result.aux_loss = self._aux_loss(result, sensitivity, token_mask)
             if result.loss is not None:
                 result.loss = result.loss + self.config.router_aux_loss_coef * result.aux_loss.to(result.loss.device)
         return result
 
-    def _checked_expert(self, expert_index: int | torch.Tensor | None) -> int | torch.Tensor | None:
-        if isinstance(expert_index, int) and not 0 <= expert_index < self.config.num_experts:
-            raise ValueError(f"`expert_index` must be from 0 to {self.config.num_experts - 1}, got {expert_index}.")
-        return expert_index
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        given = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        if attention_mask is not None and attention_mask.dim() == 2 and given.shape[1] > 1:
+            # Caches of fixed size get a mask of four dimensions, which doesn't tell padding.
+            inputs["token_mask"] = attention_mask[:, -given.shape[1] :]
+        return inputs
 
     def _aux_loss(
-        self,
-        result: DynaMoeCausalLMOutputWithPast,
-        sensitivity: float | torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        self, result: DynaMoeCausalLMOutputWithPast, sensitivity: float | torch.Tensor, token_mask: torch.Tensor | None
     ) -> torch.Tensor:
         losses = self.router_losses(result, sensitivity)
-        if attention_mask is None or attention_mask.dim() != 2:
+        if token_mask is None:
             return losses.mean()
-        weights = attention_mask[:, -losses.shape[1] :].to(losses.dtype)
+        weights = token_mask.to(losses)
         return (losses * weights).sum() / weights.sum().clamp(min=1)
 
     def router_losses(
@@ -267,10 +274,20 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
 
         Returns:
             `torch.Tensor` of shape `(batch_size, sequence_length)`.
+
+        Raises:
+            ValueError: for outputs of another call.
         """
         sensitivity = self.config.sensitivity if sensitivity is None else sensitivity
+        if outputs.router_logits is None or outputs.nearness is None:
+            raise ValueError(
+                "`outputs` lack `router_logits` or `nearness`: call the model with `output_router_logits=True` "
+                "and `output_nearness=True`."
+            )
         pairs = zip(outputs.router_logits, outputs.nearness, strict=True)
-        return torch.stack([router_loss(r, n, self.config.router_type, sensitivity) for r, n in pairs]).mean(0)
+        return _stacked([router_loss(r, n.to(r.device), self.config.router_type, sensitivity) for r, n in pairs]).mean(
+            0
+        )
 
     def choices(self, router_logits: torch.Tensor, sensitivity: float | torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -306,17 +323,16 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
         idle = (widths[-1] - widths)[expert_index] * per_neuron.view(-1, *[1] * (expert_index.dim() - 1))
         return sum(parameter.numel() for parameter in self.parameters()) - idle.sum(0)
 
-    def _count(self, layers: list[Any], attention_mask: torch.Tensor | None) -> None:
-        num_experts = self.config.num_experts
-        for counts, layer in zip(self._usage, layers, strict=True):
-            experts = layer.expert_index
-            if attention_mask is not None and attention_mask.dim() == 2:
-                experts = experts[attention_mask[:, -experts.shape[1] :].bool().to(experts.device)]
-            counts += torch.bincount(experts.flatten(), minlength=num_experts).cpu()
+    def _count(self, expert_index: torch.Tensor, token_mask: torch.Tensor | None) -> None:
+        # Where the tokens are: a look at the sums is the first thing that waits for them.
+        taken = expert_index[..., None] == torch.arange(self.config.num_experts, device=expert_index.device)
+        if token_mask is not None:
+            taken = taken & token_mask.to(taken)[..., None]
+        self._usage = self._usage.to(expert_index.device) + taken.sum((1, 2))
 
     def expert_usage(self, reset: bool = False) -> ExpertUsage:
         """
-        Where the tokens went since the model was made or the count was reset, outside training.
+        Where the tokens went since the model was made or the count was reset, outside training and compiled graphs.
 
         Args:
             reset (`bool`, *optional*, defaults to `False`):
@@ -328,12 +344,12 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if no token was counted.
         """
-        usage = self._usage.clone()
+        usage = self._usage.cpu()
         num_tokens = int(usage[0].sum())
         if num_tokens == 0:
             raise ValueError("No token was routed yet: call the model or `generate` in evaluation mode first.")
         if reset:
-            self._usage.zero_()
+            self._usage = torch.zeros_like(usage)
         shares = usage / num_tokens
         widths = torch.tensor(self.config.expert_widths)
         per_layer = (shares * widths).sum(-1)
@@ -345,6 +361,11 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
             active_parameters=float(active + ((per_layer - widths[0]) * per_neuron).sum()),
             num_tokens=num_tokens,
         )
+
+
+def _stacked(tensors: list[Any]) -> torch.Tensor:
+    """Of all layers, which may lie on several devices."""
+    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors])
 
 
 __all__ = ["DynaMoeCausalLMOutputWithPast", "DynaMoeForCausalLM", "DynaMoePreTrainedModel", "ExpertUsage"]

@@ -100,7 +100,7 @@ class NestedMlp(nn.Module):
         )
         # The base model's own rule would give it ordinary random weights.
         for module in self.router.modules():
-            module._is_hf_initialized = True
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
     @property
     def widths(self) -> list[int]:
@@ -134,7 +134,7 @@ class NestedMlp(nn.Module):
             expert = chosen_experts(logits.detach(), self.config.router_type, routing.sensitivity)
             if routing.follow_labels is not None and nearness is not None:
                 label = smallest_sufficient(nearness, routing.sensitivity)
-                expert = torch.where(routing.follow_labels, label, expert)
+                expert = torch.where(routing.follow_labels.to(label.device), label, expert)
         if routing.layers is not None:
             index = expert if isinstance(expert, torch.Tensor) else torch.full(x.shape[:2], expert, device=x.device)
             routing.layers.append(LayerRouting(index, logits, nearness))
@@ -155,7 +155,9 @@ class NestedMlp(nn.Module):
         return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._is_plain()
 
     def _is_plain(self) -> bool:
-        return all(type(getattr(self.dense, name)) is nn.Linear for name in (*self.inputs, self.output))
+        """No adapter, no quantised weight, none that is brought from elsewhere while its module runs (meta till then)."""
+        layers = [getattr(self.dense, name) for name in (*self.inputs, self.output)]
+        return all(type(layer) is nn.Linear and layer.weight.device.type != "meta" for layer in layers)
 
     def _one_expert(self, x: torch.Tensor, expert: int, hidden: torch.Tensor | None) -> torch.Tensor:
         width = self.widths[expert]

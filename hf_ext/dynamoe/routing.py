@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -104,10 +106,11 @@ def chosen_experts(router_logits: torch.Tensor, router_type: str, sensitivity: f
     """
     The experts that a router chooses, a `torch.LongTensor` of shape `(...)` for logits of shape `(..., outputs)`.
 
-    A classifier's choice does not depend on the sensitivity: its labels did.
+    A classifier's choice does not depend on the sensitivity, its labels did; yet full sensitivity is the whole MLP.
     """
     if router_type == "classifier":
-        return router_logits.argmax(dim=-1)
+        full = torch.as_tensor(sensitivity, device=router_logits.device) >= 1
+        return router_logits.argmax(dim=-1).masked_fill(full, router_logits.shape[-1] - 1)
     return smallest_sufficient(router_logits.float().sigmoid(), sensitivity)
 
 
@@ -139,3 +142,35 @@ def router_loss(
         return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
     targets = nearness.clamp(0, 1)
     return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
+
+
+def check_expert_index(expert_index: Any, num_layers: int, shape: tuple[int, ...], num_experts: int) -> None:
+    """
+    Refuses experts that the caller prescribes and that don't exist.
+
+    Args:
+        expert_index (`int` or `torch.LongTensor`, *optional*):
+            One for all tokens, or one for each.
+        num_layers (`int`), shape (`tuple[int, int]`), num_experts (`int`):
+            Of the model, and `(batch_size, sequence_length)` of the tokens.
+
+    Raises:
+        ValueError: saying which there are.
+    """
+    if expert_index is None:
+        return
+    if isinstance(expert_index, torch.Tensor):
+        if tuple(expert_index.shape) not in (shape, (num_layers, *shape)) or expert_index.dtype not in (
+            torch.int32,
+            torch.int64,
+        ):
+            raise ValueError(
+                f"`expert_index` must be a number, or integers of shape {shape} or {(num_layers, *shape)}, got {expert_index.dtype} "
+                f"of shape {tuple(expert_index.shape)}. In `generate`, whose passes differ in length, give a number."
+            )
+        # A graph can't ask for values.
+        found = [] if torch.compiler.is_compiling() else [int(expert_index.min()), int(expert_index.max())]
+    else:
+        found = [expert_index]
+    if any(isinstance(e, bool) or not isinstance(e, int) or not 0 <= e < num_experts for e in found):
+        raise ValueError(f"`expert_index` must be from 0 to {num_experts - 1}, got {' to '.join(map(str, found))}.")

@@ -1,0 +1,185 @@
+"""Compilation, checkpointing and adapters change how a nested model is run or trained, never what it computes."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch._dynamo.testing import CompileCounter
+
+from dynamoe.models import random_ids, spread_routers, tiny_moe
+from hf_ext import DynaMoeForCausalLM
+
+
+GATED = ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("shape", ["llama-bias", "phi3", "gpt_neox"])
+def test_a_compiled_model_computes_the_same(shape):
+    """As one graph, whichever way experts are chosen; a second call compiles nothing, whatever was called between."""
+    moe, ids = tiny_moe(shape), random_ids(2, 9)
+    for options in (
+        {},
+        {"sensitivity": 0.5},
+        {"sensitivity": torch.tensor([0.2, 1.0])},
+        {"expert_index": 1},
+        {"expert_index": ids % 3, "output_router_logits": True},
+        {"sensitivity": 0.5, "labels": ids, "output_router_logits": True},
+    ):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(moe, fullgraph=True, backend=counter)
+        with torch.no_grad():
+            expected, out = moe(ids, **options), compiled(ids, **options)
+            moe(ids[:1], sensitivity=0.7)
+            again = compiled(ids, **options)
+        assert counter.frame_count == 1
+        torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(again.logits, out.logits)
+        if "output_router_logits" in options:
+            assert torch.equal(out.expert_index, expected.expert_index)
+
+
+def test_a_compiled_model_has_the_same_gradients():
+    moe, ids = tiny_moe(), random_ids(2, 9)
+    options = {"sensitivity": 0.5, "labels": ids, "output_router_logits": True}
+    torch._dynamo.reset()
+    moe(ids, **options).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in moe.named_parameters()}
+    moe.zero_grad()
+    torch.compile(moe, fullgraph=True, backend="aot_eager")(ids, **options).loss.backward()
+    for name, parameter in moe.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("router_type", ["ordinal", "classifier"])
+@pytest.mark.parametrize("follow", [False, True])
+def test_checkpointing_leaves_gradients_alone(router_type, follow):
+    """The routers' loss included, whose tensors leave the layers that are run again."""
+    moe, ids = tiny_moe(router_type=router_type).train(), random_ids(2, 9)
+    moe.set_sensitivity(0.5)
+    options = {"labels": ids, "output_router_logits": True, "use_cache": False}
+    if follow:
+        options |= {"follow_labels": ids % 2 == 0}
+    moe.config.detach_router_input = False
+    loss = moe(ids, **options).loss
+    loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in moe.named_parameters()}
+    moe.zero_grad()
+    moe.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls = []
+    moe.nested_mlps()[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    again = moe(ids, **options).loss
+    again.backward()
+    assert len(calls) == 2
+    assert torch.equal(again, loss)
+    for name, parameter in moe.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_checkpointing_that_would_lose_the_routers_loss_is_refused():
+    moe, ids = tiny_moe().train(), random_ids(2, 9)
+    moe.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    moe.enable_input_require_grads()
+    moe(ids, labels=ids, use_cache=False).loss.backward()
+    with pytest.raises(ValueError, match="'use_reentrant': False"):
+        moe(ids, labels=ids, use_cache=False, output_router_logits=True)
+
+
+def randomised(model):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets"),
+    [
+        ("llama", GATED),
+        ("llama-bias", ["q_proj", "v_proj", *GATED]),
+        ("llama", ["q_proj", "v_proj"]),
+        ("llama", ["down_proj"]),
+        ("phi3", ["gate_up_proj", "down_proj"]),
+        ("gpt_neox", ["query_key_value", "dense_h_to_4h", "dense_4h_to_h"]),
+    ],
+)
+def test_lora_on_a_nested_model_is_the_nested_model_of_merged_weights(shape, targets, tmp_path):
+    """Each expert is a slice of the weights with the adapter in them; it is saved, loaded and merged."""
+    moe, ids = tiny_moe(shape), random_ids(2, 9)
+    bare = copy.deepcopy(moe)
+    model = randomised(get_peft_model(moe, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")))
+    calls = [{}, {"sensitivity": 0.5}, {"expert_index": 0}, {"expert_index": ids % 3}]
+    with torch.no_grad():
+        adapted = [model(ids, **options).logits for options in calls]
+        before = [bare(ids, **options).logits for options in calls]
+        assert not any(torch.allclose(a, b, atol=1e-2) for a, b in zip(adapted, before, strict=True))
+        with model.disable_adapter():
+            for options, expected in zip(calls, before, strict=True):
+                torch.testing.assert_close(model(ids, **options).logits, expected, rtol=1e-4, atol=1e-4)
+        text = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, sensitivity=0.5)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(bare, tmp_path)
+        for options, expected in zip(calls, adapted, strict=True):
+            torch.testing.assert_close(loaded(ids, **options).logits, expected)
+        merged = model.merge_and_unload()
+        assert type(merged) is DynaMoeForCausalLM
+        for options, expected in zip(calls, adapted, strict=True):
+            torch.testing.assert_close(merged(ids, **options).logits, expected, rtol=1e-4, atol=1e-4)
+        again = merged.generate(input_ids=ids, max_new_tokens=6, do_sample=False, sensitivity=0.5)
+    assert torch.equal(again, text)
+
+
+def test_routers_are_saved_with_an_adapter(tmp_path):
+    """`modules_to_save=["router"]`: they are trained, saved, loaded and merged with LoRA."""
+    moe, ids = tiny_moe(), random_ids(2, 9)
+    bare = copy.deepcopy(moe)
+    config = LoraConfig(r=2, target_modules=GATED, modules_to_save=["router"], task_type="CAUSAL_LM")
+    model = randomised(get_peft_model(moe, config))
+    model(input_ids=ids, labels=ids, output_router_logits=True, sensitivity=0.5).loss.backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert with_gradient == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert sum("router" in name for name in with_gradient) == 2 * 4
+    for mlp in model.get_base_model().nested_mlps():
+        spread_routers_of(mlp.router.modules_to_save["default"])
+    options = {"sensitivity": 0.5, "output_router_logits": True}
+    with torch.no_grad():
+        expected = model(input_ids=ids, **options)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(bare, tmp_path)
+        for out in (loaded(input_ids=ids, **options), model.merge_and_unload()(ids, **options)):
+            assert torch.equal(out.expert_index, expected.expert_index)
+            torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def spread_routers_of(router):
+    torch.nn.init.normal_(router.out.weight, std=3.0)
+
+
+def test_training_moves_what_a_token_uses():
+    """The language model's loss reaches the neurons of the expert taken and no others."""
+    moe, ids = tiny_moe().train(), random_ids(2, 9)
+    moe(ids, labels=ids, expert_index=0).loss.backward()
+    for mlp in moe.nested_mlps():
+        width = mlp.widths[0]
+        assert mlp.dense.up_proj.weight.grad[:width].any() and not mlp.dense.up_proj.weight.grad[width:].any()
+        assert (
+            mlp.dense.down_proj.weight.grad[:, :width].any() and not mlp.dense.down_proj.weight.grad[:, width:].any()
+        )
+
+
+def test_a_step_of_training_trains_routers():
+    """Routers that start at the full expert learn where tokens need less."""
+    moe, ids = tiny_moe(), random_ids(4, 16)
+    spread_routers(moe)
+    optimiser = torch.optim.Adam([p for n, p in moe.named_parameters() if ".router." in n], lr=0.02)
+    losses = []
+    for _ in range(30):
+        loss = moe(ids, labels=ids, output_router_logits=True, expert_index=2).aux_loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
