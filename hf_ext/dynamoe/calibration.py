@@ -12,8 +12,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+IMPORTANCES = ("activation_norm", "activation", "taylor", "none")
+
+
+def check_calibration(importance: str, dataset: Any, num_tokens: int, batch_size: int, max_length: int) -> None:
+    """
+    Refuses settings that neurons can't be ranked with.
+
+    Args:
+        importance (`str`), dataset (`Any`), num_tokens (`int`), batch_size (`int`), max_length (`int`):
+            See [`convert_to_dynamoe`].
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if importance not in IMPORTANCES:
+        raise ValueError(f"`importance` must be one of {', '.join(map(repr, IMPORTANCES))}, got {importance!r}.")
+    if importance != "none" and dataset is None:
+        raise ValueError(
+            f"`importance={importance!r}` ranks neurons on text: give `calibration_dataset`, a few hundred texts like those "
+            "that the model will see, or keep the order with `importance='none'`."
+        )
+    for name, value, least in (
+        ("calibration_tokens", num_tokens, 2),
+        ("batch_size", batch_size, 1),
+        ("max_length", max_length, 2),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+
+
 def calibration_batches(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, num_tokens: int, batch_size: int, max_length: int
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    num_tokens: int,
+    batch_size: int,
+    max_length: int,
+    config: Any,
 ) -> list[dict[str, torch.Tensor]]:
     """
     Args:
@@ -25,13 +60,16 @@ def calibration_batches(
             The most tokens in all.
         batch_size (`int`), max_length (`int`):
             Rows per batch, and tokens per row.
+        config ([`~transformers.PreTrainedConfig`]):
+            The dense model's, which knows how many positions and tokens there are.
 
     Returns:
         `list[dict[str, torch.Tensor]]`: `input_ids` and `attention_mask`, padded on the right.
 
     Raises:
-        ValueError: if there is no text in it.
+        ValueError: if there is no text in it, or tokens that the model doesn't have.
     """
+    max_length = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
     rows: list[list[int]] = []
     total = 0
     for number, row in enumerate(_rows(dataset)):
@@ -43,6 +81,12 @@ def calibration_batches(
             break
     if not rows:
         raise ValueError("`calibration_dataset` has no text of two tokens or more: neurons can't be ranked on it.")
+    largest = max(map(max, rows))
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"`calibration_dataset` holds the token {largest}, but the model's vocabulary has {config.vocab_size}: "
+            "`processing_class` or the `input_ids` belong to another model."
+        )
     # Rows of like length together; the order doesn't matter to a mean.
     rows.sort(key=len)
     return [_padded(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
@@ -61,7 +105,12 @@ def _rows(dataset: Any) -> Iterable[Any]:
 
 def _token_ids(row: Any, number: int, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     if isinstance(row, dict) and "input_ids" in row:
-        return list(row["input_ids"])
+        ids = list(row["input_ids"])
+        if any(isinstance(token, (list, float, str)) or token < 0 for token in ids):
+            raise ValueError(
+                f"`input_ids` of row {number} of `calibration_dataset` must be the tokens of one text, got {ids[:3]}..."
+            )
+        return [int(token) for token in ids]
     text = row.get("text") if isinstance(row, dict) else row
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(text, str) and messages is None:

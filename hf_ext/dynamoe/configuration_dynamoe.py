@@ -1,7 +1,5 @@
 """Configuration of [`DynaMoeForCausalLM`]."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable
@@ -71,9 +69,9 @@ class DynaMoeConfig(PreTrainedConfig):
     detach_router_input: bool = True
     similarity: Literal["projection", "cosine"] = "projection"
     sensitivity: float | int = 1.0
-    label_sensitivity: float | None = None
+    label_sensitivity: float | int | None = None
     output_router_logits: bool = False
-    router_aux_loss_coef: float = 1.0
+    router_aux_loss_coef: float | int = 1.0
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .calibration import calibration_batches
-from .configuration_dynamoe import DynaMoeConfig, equal_widths, mlp_width
-from .importance import IMPORTANCES, neuron_importance
+from .calibration import calibration_batches, check_calibration
+from .dense_model import dense_skeleton, nested_config
+from .importance import neuron_importance
 from .modeling_dynamoe import DynaMoeForCausalLM
 from .nested_mlp import mlp_places, projection_names
 
@@ -50,7 +51,7 @@ class ConversionReceipt:
 
 
 def convert_to_dynamoe(
-    model: str | PreTrainedModel,
+    model: str | os.PathLike[str] | PreTrainedModel,
     num_experts: int = 4,
     *,
     expert_widths: Iterable[int] | None = None,
@@ -99,8 +100,9 @@ def convert_to_dynamoe(
         [`DynaMoeForCausalLM`] with the report of the conversion in `conversion_receipt`.
 
     Raises:
-        ValueError: for an architecture, widths or calibration text that can't be used, a model that is quantised or nested
-            already. The model is then as it was.
+        TypeError: for anything but a model of transformers or its name.
+        ValueError: for an architecture, widths or calibration text that can't be used, a model that is quantised, adapted,
+            offloaded or nested already. The model is then as it was.
 
     Example:
 
@@ -118,35 +120,34 @@ def convert_to_dynamoe(
     True
     ```
     """
-    if importance not in IMPORTANCES:
-        raise ValueError(f"`importance` must be one of {', '.join(map(repr, IMPORTANCES))}, got {importance!r}.")
-    if importance != "none" and calibration_dataset is None:
-        raise ValueError(
-            f"`importance={importance!r}` ranks neurons on text: give `calibration_dataset`, a few hundred texts like those "
-            "that the model will see, or keep the order with `importance='none'`."
-        )
-    if isinstance(model, str):
-        if processing_class is None:
+    check_calibration(importance, calibration_dataset, calibration_tokens, batch_size, max_length)
+    settings = {"router_type": router_type, "router_hidden_size": router_hidden_size, "similarity": similarity}
+    if isinstance(model, (str, os.PathLike)):
+        nested_config(dense_skeleton(model), num_experts, expert_widths, **settings)
+        if processing_class is None and calibration_dataset is not None:
             processing_class = AutoTokenizer.from_pretrained(model)
         model = AutoModelForCausalLM.from_pretrained(model)
-    config = _checked_config(model, num_experts, expert_widths, router_type, router_hidden_size, similarity)
-    places = mlp_places(model, model.config)
-    mlps = [getattr(parent, name) for parent, name in places]
-
+    config = nested_config(model, num_experts, expert_widths, **settings)
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError("Parts of the model are offloaded or have no weights: load all of it into memory.")
+    mlps = [getattr(parent, name) for parent, name in mlp_places(model, model.config)]
     batches: list[dict[str, torch.Tensor]] = []
     if calibration_dataset is not None:
         batches = calibration_batches(
-            calibration_dataset, processing_class, calibration_tokens, batch_size, _length(model, max_length)
+            calibration_dataset, processing_class, calibration_tokens, batch_size, max_length, model.config
         )
     was_training = model.training
-    model.eval()
-    scores = neuron_importance(model, mlps, batches, importance, disable_tqdm)
-    probe = _probe(model, batches)
-    before = _logits(model, probe)
-    if importance != "none":
-        for mlp, score in zip(mlps, scores, strict=True):
-            reorder_neurons(mlp, score.argsort(descending=True, stable=True))
-    difference = float((_logits(model, probe) - before).abs().max())
+    try:
+        model.eval()
+        scores = neuron_importance(model, mlps, batches, importance, disable_tqdm)
+        probe = _probe(model, batches)
+        before = _logits(model, probe)
+        if importance != "none":
+            for mlp, score in zip(mlps, scores, strict=True):
+                reorder_neurons(mlp, score.argsort(descending=True, stable=True))
+        difference = float((_logits(model, probe) - before).abs().max())
+    finally:
+        model.train(was_training)
 
     moe = DynaMoeForCausalLM(config, model)
     if model.generation_config is not None:
@@ -161,38 +162,6 @@ def convert_to_dynamoe(
         router_parameters=sum(p.numel() for mlp in moe.nested_mlps() for p in mlp.router.parameters()),
     )
     return moe
-
-
-def _checked_config(
-    model: PreTrainedModel,
-    num_experts: int,
-    expert_widths: Iterable[int] | None,
-    router_type: str,
-    router_hidden_size: int,
-    similarity: str,
-) -> DynaMoeConfig:
-    if isinstance(model, DynaMoeForCausalLM):
-        raise ValueError("The model is a DynaMoeForCausalLM already: convert the dense model that it was made of.")
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"`model` must be a PreTrainedModel or its name, got {type(model).__name__}. Merge a PEFT adapter first with "
-            "`merge_and_unload()`, or put one onto the converted model."
-        )
-    if getattr(model, "is_quantized", False) or hasattr(model, "hf_quantizer"):
-        raise ValueError(
-            "The model is quantised, and its neurons can't be reordered: convert the model as it was before, and quantise the "
-            "result, or load it with `dtype=torch.bfloat16` instead."
-        )
-    if expert_widths is None:
-        expert_widths = equal_widths(mlp_width(model.config), num_experts)
-    return DynaMoeConfig(
-        base_config=model.config,
-        expert_widths=list(expert_widths),
-        router_type=router_type,
-        router_hidden_size=router_hidden_size,
-        similarity=similarity,
-        dtype=model.dtype,
-    )
 
 
 @torch.no_grad()
@@ -221,11 +190,6 @@ def reordered_rows(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Rows of an input projection in another order; a fused one has the neurons several times."""
     parts = tensor.shape[0] // len(order)
     return tensor.unflatten(0, (parts, len(order)))[:, order.to(tensor.device)].flatten(0, 1)
-
-
-def _length(model: PreTrainedModel, max_length: int) -> int:
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return max_length if longest is None else min(max_length, longest)
 
 
 def _probe(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:

@@ -11,9 +11,6 @@ from transformers import PreTrainedModel
 from .nested_mlp import projection_names
 
 
-IMPORTANCES = ("activation_norm", "activation", "taylor", "none")
-
-
 def neuron_importance(
     model: PreTrainedModel,
     mlps: list[Any],

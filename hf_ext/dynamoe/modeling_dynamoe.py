@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .configuration_dynamoe import DynaMoeConfig, checked_sensitivity
+from .loading import refuse_other_weights
 from .nested_mlp import NestedMlp, Routing, nest_mlps
 from .outputs import DynaMoeCausalLMOutputWithPast, ExpertUsage
 from .routing import check_expert_index, chosen_experts, router_loss
@@ -70,6 +72,21 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
         self._usage = torch.zeros(shape, dtype=torch.long, device="cpu")
         nest_mlps(self.model, config, self.routing)
         self.post_init()
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        try:
+            loaded = PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config, expected_keys)
+        except SafetensorError as error:
+            raise ValueError(
+                f"A file of the checkpoint can't be read ({error}): one of {', '.join(map(str, files))} is truncated, damaged "
+                "or a Git LFS pointer. Save or download it again, or run `git lfs pull`."
+            ) from error
+        if expected_keys is None:  # else it is an adapter that is put onto the model
+            refuse_other_weights(model, loaded[0], load_config.ignore_mismatched_sizes)
+        return loaded
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -259,13 +259,21 @@ def mlp_places(model: nn.Module, config: Any) -> list[tuple[nn.Module, str]]:
     ]
     if any(isinstance(getattr(parent, name), NestedMlp) for parent, name in places):
         raise ValueError("The model is nested already: convert the dense model.")
-    if len(places) != config.num_hidden_layers:
+    num_layers, width = (getattr(config, name, None) for name in ("num_hidden_layers", "intermediate_size"))
+    # A mixture's shared expert has the same projections and another width.
+    places = [(parent, name) for parent, name in places if _neurons(getattr(parent, name)) == width]
+    if len(places) != num_layers:
+        layouts = ", ".join("/".join(names) for names in LAYOUTS)
         raise ValueError(
-            f"A model of type '{config.model_type}' can't be converted: {len(places)} MLPs with the projections "
-            f"{' or '.join('/'.join(names) for names in LAYOUTS)} were found in its {config.num_hidden_layers} layers. Can "
-            f"be converted: {', '.join(CONVERTIBLE)}, and others with such an MLP in every layer."
+            f"A model of type '{config.model_type}' can't be converted: it needs in each of its {num_layers} layers one MLP of "
+            f"`intermediate_size`={width} neurons with linear projections named {layouts}; found {len(places)}. Can be "
+            f"converted: {', '.join(CONVERTIBLE)}, and others with such MLPs."
         )
     return places
+
+
+def _neurons(mlp: nn.Module) -> int | None:
+    return getattr(_linear(mlp, projection_names(mlp)[-1]), "in_features", None)  # type: ignore[index]
 
 
 def nest_mlps(model: nn.Module, config: DynaMoeConfig, routing: Routing) -> None:

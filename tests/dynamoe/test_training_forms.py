@@ -181,5 +181,5 @@ def test_a_step_of_training_trains_routers():
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]

@@ -1,0 +1,56 @@
+"""What is checked when the weights of a nested model are read: transformers only warns of most of it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+def refuse_other_weights(model: Any, loading_info: Any, ignore_mismatched_sizes: bool = False) -> None:
+    """
+    Refuses weights that are not those of the configuration: random tensors in their place would still produce text.
+
+    Args:
+        model ([`DynaMoeForCausalLM`]):
+            The model.
+        loading_info (`~transformers.utils.loading_report.LoadStateDictInfo`):
+            What transformers found.
+        ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`):
+            Whether the caller wants fresh tensors in place of those of another shape.
+
+    Raises:
+        ValueError: naming up to three of the tensors that are missing, left over or of another shape.
+    """
+    tied = model.all_tied_weights_keys
+    missing = sorted(k for k in loading_info.missing_keys if tied.get(k, k) in loading_info.missing_keys)
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    unexpected = sorted(k for k in loading_info.unexpected_keys if not any(re.search(p, k) for p in ignored))
+    mismatched = sorted(loading_info.mismatched_keys)
+    if mismatched and not ignore_mismatched_sizes:
+        name, found, wanted = mismatched[0]
+        raise ValueError(
+            f"{len(mismatched)} tensors of the checkpoint have other shapes than the configuration says ({name}: {tuple(found)} "
+            f"in place of {tuple(wanted)}): `base_config`, `expert_widths` or the router's settings in config.json are not "
+            "those of the weights. Restore the config.json that was saved with them."
+        )
+    if missing:
+        dense = not any(".mlp.dense." in key for key in model.state_dict().keys() - set(missing))
+        routers = all(".router." in key for key in missing)
+        raise ValueError(
+            f"The checkpoint lacks {len(missing)} of {len(model.state_dict())} tensors ({_some(missing)}): "
+            + ("its routers were not saved." if routers else "it is truncated, or config.json is not its own.")
+            + (
+                " If these are the weights of a dense model, make a nested one of it with `convert_to_dynamoe`."
+                if dense
+                else " Save it again with `save_pretrained`, or download it again."
+            )
+        )
+    if unexpected:
+        raise ValueError(
+            f"The checkpoint holds {len(unexpected)} tensors that the configuration has no place for ({_some(unexpected)}): "
+            "`base_config` in config.json is not that of the weights. Restore the config.json that was saved with them."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
