@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from hf_ext.dynamoe.modeling_dynamoe import DynaMoeForCausalLM
     from hf_ext.dynamoe.trainer import DynaMoeTrainer
     from hf_ext.dynamoe.trainer_config import DynaMoeTrainingConfig
+    from hf_ext.kws.configuration_slick import SlickConfig
     from hf_ext.kws.feature_extraction_kws import KwsFeatureExtractor, KwsStreamState
+    from hf_ext.kws.processing_kws import KwsProcessor
     from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
     from hf_ext.mtp.configuration import GatedLoraConfig
     from hf_ext.mtp.gated_lora import GatedLoraModel
@@ -39,12 +41,14 @@ __all__ = [
     "GatedLoraConfig",
     "GatedLoraModel",
     "KwsFeatureExtractor",
+    "KwsProcessor",
     "KwsStreamState",
     "MtpConfig",
     "MtpGenerateOutput",
     "MtpGenerationMixin",
     "MtpTrainer",
     "PhonemeTokenizer",
+    "SlickConfig",
     "convert_to_dynamoe",
     "generate_completions",
     "mtp_generate",
@@ -59,12 +63,14 @@ _MODULE_OF_NAME = {
     "GatedLoraConfig": "hf_ext.mtp.configuration",
     "GatedLoraModel": "hf_ext.mtp.gated_lora",
     "KwsFeatureExtractor": "hf_ext.kws.feature_extraction_kws",
+    "KwsProcessor": "hf_ext.kws.processing_kws",
     "KwsStreamState": "hf_ext.kws.feature_extraction_kws",
     "MtpConfig": "hf_ext.mtp.trainer_config",
     "MtpGenerateOutput": "hf_ext.mtp.generation",
     "MtpGenerationMixin": "hf_ext.mtp.generation",
     "MtpTrainer": "hf_ext.mtp.trainer",
     "PhonemeTokenizer": "hf_ext.kws.tokenization_phoneme",
+    "SlickConfig": "hf_ext.kws.configuration_slick",
     "convert_to_dynamoe": "hf_ext.dynamoe.conversion",
     "generate_completions": "hf_ext.mtp.on_policy",
     "mtp_generate": "hf_ext.mtp.generation",

@@ -8,19 +8,48 @@ user, transformers on meeting an adapter, or this package.
 
 import importlib
 import inspect
+import sys
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
 
+_HOME_OF_AUTO_MODELS = "transformers.models.auto.modeling_auto"
+_HOMES_OF_AUTO_CLASSES = {
+    "AutoConfig": "transformers.models.auto.configuration_auto",
+    "AutoFeatureExtractor": "transformers.models.auto.feature_extraction_auto",
+    "AutoModel": _HOME_OF_AUTO_MODELS,
+    "AutoProcessor": "transformers.models.auto.processing_auto",
+    "AutoTokenizer": "transformers.models.auto.tokenization_auto",
+}
+
+# For each configuration, which class of ours each Auto class gives.
+_AUTO_CLASSES = {
+    "hf_ext.dynamoe.configuration_dynamoe:DynaMoeConfig": {
+        "AutoModelForCausalLM": "hf_ext.dynamoe.modeling_dynamoe:DynaMoeForCausalLM",
+    },
+    "hf_ext.kws.configuration_slick:SlickConfig": {
+        "AutoFeatureExtractor": "hf_ext.kws.feature_extraction_kws:KwsFeatureExtractor",
+        "AutoProcessor": "hf_ext.kws.processing_kws:KwsProcessor",
+        "AutoTokenizer": "hf_ext.kws.tokenization_phoneme:PhonemeTokenizer",
+    },
+}
+
+# What our modules take from those of transformers' modules that import Auto classes themselves.
+_NEEDED_WHOLE = {
+    "transformers.modeling_utils": "PreTrainedModel",
+    "transformers.generation.utils": "GenerationMixin",
+    "transformers.processing_utils": "ProcessorMixin",
+}
+
+
 def register() -> None:
     """Leave the import hooks. They run at once for what is imported already."""
     wrapt.register_post_import_hook(_when_peft_is_imported, "peft")
     wrapt.register_post_import_hook(_when_mtp_is_imported, "hf_ext.mtp")
-    wrapt.register_post_import_hook(_when_model_family_is_imported, "hf_ext.dynamoe")
-    wrapt.register_post_import_hook(_when_auto_config_is_imported, "transformers.models.auto.configuration_auto")
-    wrapt.register_post_import_hook(_when_auto_models_are_imported, "transformers.models.auto.modeling_auto")
+    for module in _modules_to_watch():
+        wrapt.register_post_import_hook(_fill_auto_tables, module)
 
 
 def _when_peft_is_imported(_: ModuleType) -> None:
@@ -33,22 +62,35 @@ def _when_mtp_is_imported(_: ModuleType) -> None:
     importlib.import_module("peft")
 
 
-def _when_model_family_is_imported(_: ModuleType) -> None:
-    # As above, for transformers' Auto classes: their hooks import the family's modules whole.
-    importlib.import_module("transformers.models.auto.modeling_auto")
+def _modules_to_watch() -> list[str]:
+    ours = [*_AUTO_CLASSES, *(place for row in _AUTO_CLASSES.values() for place in row.values())]
+    return [*_HOMES_OF_AUTO_CLASSES.values(), *_NEEDED_WHOLE, *(place.partition(":")[0] for place in ours)]
 
 
-def _when_auto_config_is_imported(auto: ModuleType) -> None:
-    from hf_ext.dynamoe.configuration_dynamoe import DynaMoeConfig
+def _fill_auto_tables(_: ModuleType) -> None:
+    """
+    Make transformers' Auto classes know the families, as far as the Auto classes are imported.
 
-    auto.AutoConfig.register(DynaMoeConfig.model_type, DynaMoeConfig, exist_ok=True)
+    Some of transformers' modules import Auto classes while they are half executed. Nothing is done then: this function
+    runs again when they are whole. The same holds for the families' own modules.
+    """
+    if any(name in sys.modules and not hasattr(sys.modules[name], part) for name, part in _NEEDED_WHOLE.items()):
+        return
+    for config_place, classes in _AUTO_CLASSES.items():
+        for auto_name, place in {"AutoConfig": config_place, **classes}.items():
+            home = sys.modules.get(_HOMES_OF_AUTO_CLASSES.get(auto_name, _HOME_OF_AUTO_MODELS))
+            auto = getattr(home, auto_name, None)
+            if auto is None:
+                continue
+            config, ours = _imported(config_place), _imported(place)
+            if config is not None and ours is not None:
+                auto.register(config.model_type if ours is config else config, ours, exist_ok=True)
 
 
-def _when_auto_models_are_imported(auto: ModuleType) -> None:
-    from hf_ext.dynamoe.configuration_dynamoe import DynaMoeConfig
-    from hf_ext.dynamoe.modeling_dynamoe import DynaMoeForCausalLM
-
-    auto.AutoModelForCausalLM.register(DynaMoeConfig, DynaMoeForCausalLM, exist_ok=True)
+def _imported(place: str) -> Any:
+    """What is called `"module:name"`; `None` while its module is being executed."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name, None)
 
 
 def register_peft() -> None:

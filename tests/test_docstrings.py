@@ -8,7 +8,8 @@ import pytest
 
 MODULES = ["hub.model_card", "mtp.configuration", "mtp.gated_lora", "mtp.generation", "mtp.layout", "mtp.losses"]
 MODULES += ["mtp.on_policy", "mtp.trainer"]
-MODULES += ["kws.feature_extraction_kws", "kws.g2p", "kws.spelling", "kws.tokenization_phoneme"]
+MODULES += ["kws.feature_extraction_kws", "kws.g2p", "kws.processing_kws", "kws.spelling"]
+MODULES += ["kws.tokenization_phoneme"]
 MODULES += ["metrics.decoding", "metrics.detection", "metrics.localization"]
 
 

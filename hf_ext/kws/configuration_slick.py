@@ -1,0 +1,96 @@
+"""Configuration of [`SlickForKeywordSpotting`]."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class SlickConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`SlickForKeywordSpotting`], after [SLiCK](https://huggingface.co/papers/2409.09067).
+
+    The paper gives a size, 596 K weights, and not all of the dimensions. The defaults come to that size with its 80 mel
+    channels and 25 phonemes.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to `74`):
+            Phoneme symbols; the first is the padding of phrases and the blank of the CTC loss.
+        num_mel_bins (`int`, *optional*, defaults to `80`):
+            Channels of the features.
+        hidden_size (`int`, *optional*, defaults to `72`):
+            Width of the encoder and of the phoneme vectors.
+        num_hidden_layers (`int`, *optional*, defaults to `5`):
+            Conformer blocks.
+        num_attention_heads (`int`, *optional*, defaults to `4`):
+            Heads of their self-attention.
+        intermediate_size (`int`, *optional*, defaults to `144`):
+            Width of their feed-forward layers.
+        conv_kernel_size (`int`, *optional*, defaults to `3`):
+            Frames that their convolutions see, an odd number.
+        hidden_dropout (`float`, *optional*, defaults to `0.1`):
+            Dropout in training. The paper doesn't say.
+        max_phonemes (`int`, *optional*, defaults to `25`):
+            Phonemes that every phrase is padded to, and the most that it may have with `head_type="flatten"`.
+        num_matcher_heads (`int`, *optional*, defaults to `1`):
+            Heads of the attention of phonemes over frames. The paper's formula has one.
+        matcher_positions (`bool`, *optional*, defaults to `True`):
+            Whether phonemes and frames know their place. The paper's phonemes don't: two that are alike give the same
+            query.
+        head_type (`str`, *optional*, defaults to `"flatten"`):
+            `"flatten"`: weights of its own for each place in the phrase, and for each prefix, as in the paper. `"shared"`: the
+            mean of one score per phoneme. It has no bound on the length, and does not hear the beginning more than the
+            rest ([No Word Left Behind](https://huggingface.co/papers/2602.08930)).
+        utterance_loss_weight (`float`, *optional*, defaults to `2.0`), prefix_loss_weight (`float`, *optional*, defaults to
+        `1.0`), ctc_loss_weight (`float`, *optional*, defaults to `5.0`):
+            Weights of the three losses.
+
+    Raises:
+        ValueError: if heads don't divide the width or the kernel is even.
+
+    Example:
+
+    ```python
+    >>> from hf_ext import SlickConfig, SlickForKeywordSpotting
+
+    >>> model = SlickForKeywordSpotting(SlickConfig(num_hidden_layers=2))
+    >>> model.config.max_phonemes
+    25
+    ```
+    """
+
+    model_type = "slick"
+
+    vocab_size: int = 74
+    num_mel_bins: int = 80
+    hidden_size: int = 72
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 4
+    intermediate_size: int = 144
+    conv_kernel_size: int = 3
+    hidden_dropout: float | int = 0.1
+    max_phonemes: int = 25
+    num_matcher_heads: int = 1
+    matcher_positions: bool = True
+    head_type: Literal["flatten", "shared"] = "flatten"
+    utterance_loss_weight: float | int = 2.0
+    prefix_loss_weight: float | int = 1.0
+    ctc_loss_weight: float | int = 5.0
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("num_attention_heads", "num_matcher_heads"):
+            if self.hidden_size % getattr(self, name):
+                raise ValueError(
+                    f"`{name}` ({getattr(self, name)}) does not divide `hidden_size` ({self.hidden_size})."
+                )
+        if self.conv_kernel_size % 2 == 0:
+            raise ValueError(f"`conv_kernel_size` must be odd, got {self.conv_kernel_size}.")
+        if self.num_mel_bins < 7:
+            raise ValueError(
+                f"`num_mel_bins` must be at least 7 for the encoder's convolutions, got {self.num_mel_bins}."
+            )
+        super().__post_init__(**kwargs)
