@@ -39,6 +39,8 @@ class DynaMoeConfig(PreTrainedConfig):
             Whether outputs carry what the routers said; with `labels`, also the routers' loss.
         router_aux_loss_coef (`float`, *optional*, defaults to `1.0`):
             Weight of the routers' loss, a mean over layers and tokens.
+        conversion (`dict`, *optional*):
+            What the conversion reported, see [`ConversionReceipt`].
 
     Raises:
         ValueError: for widths that don't ascend to the width of the base model's MLP, for a sensitivity outside 0 to 1.
@@ -58,6 +60,8 @@ class DynaMoeConfig(PreTrainedConfig):
     """
 
     model_type = "dynamoe"
+    # Saving copies the code, see the model.
+    _auto_class = "AutoConfig"
     sub_configs = {"base_config": AutoConfig}
     has_no_defaults_at_init = False
 
@@ -72,6 +76,7 @@ class DynaMoeConfig(PreTrainedConfig):
     label_sensitivity: float | int | None = None
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 1.0
+    conversion: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class ConversionReceipt:
     What a conversion did.
 
     Args:
+        base_model (`str`):
+            Name of the dense model.
         expert_widths (`list[int]`):
             Neurons of each expert.
         importance (`str`):
@@ -42,6 +45,7 @@ class ConversionReceipt:
             Number of parameters that the routers add.
     """
 
+    base_model: str
     expert_widths: list[int]
     importance: str
     calibration_tokens: int
@@ -154,6 +158,7 @@ def convert_to_dynamoe(
         moe.generation_config = copy.deepcopy(model.generation_config)
     moe.train(was_training)
     moe.conversion_receipt = ConversionReceipt(
+        base_model=model.name_or_path,
         expert_widths=list(config.expert_widths),
         importance=importance,
         calibration_tokens=int(sum(batch["attention_mask"].sum() for batch in batches)),
@@ -161,6 +166,7 @@ def convert_to_dynamoe(
         largest_logit_difference=difference,
         router_parameters=sum(p.numel() for mlp in moe.nested_mlps() for p in mlp.router.parameters()),
     )
+    config.conversion = dataclasses.asdict(moe.conversion_receipt)
     return moe
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -63,6 +65,12 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
     ```
     """
 
+    # Every saved model carries these files (40 kB), not only on request: whoever pulls it may not have this package, and
+    # without the code its weights are of no use. Where the package is installed, its own code runs and none is trusted.
+    _auto_class = "AutoModelForCausalLM"
+    # Writes README.md into a folder, for a repository; the package sets it.
+    card_writer: ClassVar[Callable[..., None] | None] = None
+
     def __init__(self, config: DynaMoeConfig, model: PreTrainedModel | None = None):
         super().__init__(config)
         self.model = AutoModelForCausalLM.from_config(config.base_config) if model is None else model
@@ -72,6 +80,17 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
         self._usage = torch.zeros(shape, dtype=torch.long, device="cpu")
         nest_mlps(self.model, config, self.routing)
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.card_writer is not None and kwargs.get("is_main_process", True):
+            self.card_writer(self, save_directory)
+
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # `push_to_hub` has put a generic card there.
+        if self.card_writer is not None:
+            self.card_writer(self, working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(
@@ -361,23 +380,14 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if no token was counted.
         """
-        usage = self._usage.cpu()
-        num_tokens = int(usage[0].sum())
-        if num_tokens == 0:
+        counts = self._usage.cpu()
+        if not counts.any():
             raise ValueError("No token was routed yet: call the model or `generate` in evaluation mode first.")
         if reset:
-            self._usage = torch.zeros_like(usage)
-        shares = usage / num_tokens
-        widths = torch.tensor(self.config.expert_widths)
-        per_layer = (shares * widths).sum(-1)
-        active = self.count_active_parameters(torch.zeros(len(usage), 1, dtype=torch.long)).item()
-        per_neuron = torch.tensor([mlp.parameters_per_neuron for mlp in self.nested_mlps()])
-        return ExpertUsage(
-            shares=shares,
-            active_fraction=float((per_layer / widths[-1]).mean()),
-            active_parameters=float(active + ((per_layer - widths[0]) * per_neuron).sum()),
-            num_tokens=num_tokens,
-        )
+            self._usage = torch.zeros_like(counts)
+        smallest = self.count_active_parameters(torch.zeros(len(counts), 1, dtype=torch.long)).item()
+        per_neuron = [mlp.parameters_per_neuron for mlp in self.nested_mlps()]
+        return ExpertUsage.from_counts(counts, self.config.expert_widths, per_neuron, smallest)
 
 
 def _stacked(tensors: list[Any]) -> torch.Tensor:

@@ -51,3 +51,28 @@ class ExpertUsage:
     active_fraction: float
     active_parameters: float
     num_tokens: int
+
+    @classmethod
+    def from_counts(
+        cls, counts: torch.Tensor, widths: list[int], per_neuron: list[int], smallest: float
+    ) -> ExpertUsage:
+        """
+        Args:
+            counts (`torch.LongTensor` of shape `(num_layers, num_experts)`):
+                Tokens that took each expert.
+            widths (`list[int]`):
+                Neurons of each expert.
+            per_neuron (`list[int]`):
+                Parameters of a neuron, for each layer.
+            smallest (`float`):
+                Parameters of a token that takes the smallest expert everywhere.
+        """
+        num_tokens = int(counts[0].sum())
+        shares = counts / num_tokens
+        neurons = (shares * torch.tensor(widths)).sum(-1)
+        return cls(
+            shares=shares,
+            active_fraction=float((neurons / widths[-1]).mean()),
+            active_parameters=float(smallest + ((neurons - widths[0]) * torch.tensor(per_neuron)).sum()),
+            num_tokens=num_tokens,
+        )

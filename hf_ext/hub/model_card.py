@@ -1,4 +1,4 @@
-"""Model cards: what an adapter is, how it is loaded, and where it comes from."""
+"""Model cards: what an adapter or a model is, how it is loaded, and where it comes from."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 
 TEMPLATES = Path(__file__).parents[1] / "assets" / "templates"
 TAGS = ["hf-ext", "mtp", "multi-token-prediction", "speculative-decoding", "arxiv:2507.11851"]
-# First words of the cards that PEFT and transformers write where there is none; neither says how to load this adapter.
+DYNAMOE_TAGS = ["hf-ext", "dynamoe", "mixture-of-experts", "dynamic-compute", "arxiv:2502.12325"]
+# First words of the cards that PEFT and transformers write where there is none; neither says how to load what is there.
 _GENERIC = ("# Model Card for Model ID", "This model card has been automatically generated")
 
 
@@ -46,9 +48,7 @@ def mtp_model_card(
     True
     ```
     """
-    base_model = config.base_model_name_or_path
-    if base_model is None or os.path.isabs(base_model) or os.path.isdir(base_model):
-        base_model = None  # a folder on somebody's machine says nothing to others
+    base_model = _public_name(config.base_model_name_or_path)
     data = ModelCardData(
         base_model=base_model,
         library_name="peft",
@@ -70,9 +70,96 @@ def mtp_model_card(
     )
 
 
+def dynamoe_model_card(
+    model: Any,
+    repo_id: str = "path/to/this/model",
+    facts: dict[str, Any] | None = None,
+    tags: list[str] | None = None,
+) -> ModelCard:
+    """
+    The card of a nested model, with what its conversion reported.
+
+    Args:
+        model ([`DynaMoeForCausalLM`]):
+            The model.
+        repo_id (`str`, *optional*):
+            Where it will be found.
+        facts (`dict[str, Any]`, *optional*):
+            Further rows of the table: training text, steps, perplexity by sensitivity.
+        tags (`list[str]`, *optional*):
+            Tags beside the usual ones.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]
+
+    Example:
+
+    ```python
+    >>> from hf_ext import convert_to_dynamoe, shipped_model
+    >>> model = convert_to_dynamoe(shipped_model("tiny-lm"), importance="none")
+    >>> card = dynamoe_model_card(model, repo_id="me/dynamic", facts={"steps": 5_000})
+    >>> "trust_remote_code=True" in card.text
+    True
+    ```
+    """
+    config, receipt = model.config, model.config.conversion or {}
+    base_model = _public_name(receipt.get("base_model"))
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=sorted({*DYNAMOE_TAGS, *(tags or [])}),
+    )
+    reported = {}
+    if receipt:
+        shares = [sum(column) / len(column) for column in zip(*receipt["importance_shares"], strict=True)]
+        reported = {
+            "neurons ranked by": f"{receipt['importance']}, on {receipt['calibration_tokens']:,} tokens",
+            "importance within each expert": ", ".join(f"{share:.0%}" for share in shares),
+            "largest change of a logit by reordering": f"{receipt['largest_logit_difference']:.1e}",
+            "parameters of the routers": f"{receipt['router_parameters']:,}",
+        }
+        if receipt["importance"] == "none":
+            reported = {name: reported[name] for name in ("parameters of the routers",)}
+    experts = torch.arange(config.num_experts).expand(config.base_config.num_hidden_layers, -1)
+    counts = model.count_active_parameters(experts).tolist()
+    served = config.sensitivity if config.sensitivity < 1 else config.label_sensitivity
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / "dynamoe_model_card.md"),
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        base_model=base_model,
+        model_type=config.base_config.model_type,
+        widths=config.expert_widths,
+        experts=[(width, f"{count:,}") for width, count in zip(config.expert_widths, counts, strict=True)],
+        example_sensitivity=served or 0.8,
+        facts={**reported, **(facts or {})},
+        **{name: getattr(config, name) for name in ("sensitivity", "router_type", "router_hidden_size", "similarity")},
+    )
+
+
 def write_unless_written(config: Any, folder: str | os.PathLike[str], repo_id: str = "path/to/this/adapter") -> None:
     """Writes the card of an adapter into a folder, unless somebody wrote one: only generic cards are replaced."""
+    if not _has_own_card(folder):
+        mtp_model_card(config, repo_id).save(Path(folder) / "README.md")
+
+
+def write_dynamoe_unless_written(
+    model: Any, folder: str | os.PathLike[str], repo_id: str = "path/to/this/model"
+) -> None:
+    """The same for a nested model."""
+    if not _has_own_card(folder):
+        dynamoe_model_card(model, repo_id).save(Path(folder) / "README.md")
+
+
+def _has_own_card(folder: str | os.PathLike[str]) -> bool:
     path = Path(folder) / "README.md"
-    if path.exists() and not any(words in path.read_text(encoding="utf-8") for words in _GENERIC):
-        return
-    mtp_model_card(config, repo_id).save(path)
+    return path.exists() and not any(words in path.read_text(encoding="utf-8") for words in _GENERIC)
+
+
+def _public_name(base_model: str | None) -> str | None:
+    """The name of a base model, unless it is a folder on somebody's machine, which says nothing to others."""
+    if base_model is None or os.path.isabs(base_model) or os.path.isdir(base_model):
+        return None
+    return base_model
