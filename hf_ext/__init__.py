@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from hf_ext.dynamoe.trainer_config import DynaMoeTrainingConfig
     from hf_ext.kws.configuration_slick import SlickConfig
     from hf_ext.kws.feature_extraction_kws import KwsFeatureExtractor, KwsStreamState
+    from hf_ext.kws.modeling_auto import AutoModelForKeywordSpotting
+    from hf_ext.kws.modeling_slick import SlickForKeywordSpotting
     from hf_ext.kws.processing_kws import KwsProcessor
     from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
     from hf_ext.mtp.configuration import GatedLoraConfig
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoModelForKeywordSpotting",
     "DynaMoeConfig",
     "DynaMoeForCausalLM",
     "DynaMoeTrainer",
@@ -49,6 +52,7 @@ __all__ = [
     "MtpTrainer",
     "PhonemeTokenizer",
     "SlickConfig",
+    "SlickForKeywordSpotting",
     "convert_to_dynamoe",
     "generate_completions",
     "mtp_generate",
@@ -56,6 +60,7 @@ __all__ = [
 ]
 
 _MODULE_OF_NAME = {
+    "AutoModelForKeywordSpotting": "hf_ext.kws.modeling_auto",
     "DynaMoeConfig": "hf_ext.dynamoe.configuration_dynamoe",
     "DynaMoeForCausalLM": "hf_ext.dynamoe.modeling_dynamoe",
     "DynaMoeTrainer": "hf_ext.dynamoe.trainer",
@@ -71,6 +76,7 @@ _MODULE_OF_NAME = {
     "MtpTrainer": "hf_ext.mtp.trainer",
     "PhonemeTokenizer": "hf_ext.kws.tokenization_phoneme",
     "SlickConfig": "hf_ext.kws.configuration_slick",
+    "SlickForKeywordSpotting": "hf_ext.kws.modeling_slick",
     "convert_to_dynamoe": "hf_ext.dynamoe.conversion",
     "generate_completions": "hf_ext.mtp.on_policy",
     "mtp_generate": "hf_ext.mtp.generation",

@@ -20,6 +20,7 @@ _HOMES_OF_AUTO_CLASSES = {
     "AutoConfig": "transformers.models.auto.configuration_auto",
     "AutoFeatureExtractor": "transformers.models.auto.feature_extraction_auto",
     "AutoModel": _HOME_OF_AUTO_MODELS,
+    "AutoModelForKeywordSpotting": "hf_ext.kws.modeling_auto",
     "AutoProcessor": "transformers.models.auto.processing_auto",
     "AutoTokenizer": "transformers.models.auto.tokenization_auto",
 }
@@ -31,6 +32,8 @@ _AUTO_CLASSES = {
     },
     "hf_ext.kws.configuration_slick:SlickConfig": {
         "AutoFeatureExtractor": "hf_ext.kws.feature_extraction_kws:KwsFeatureExtractor",
+        "AutoModel": "hf_ext.kws.modeling_slick:SlickForKeywordSpotting",
+        "AutoModelForKeywordSpotting": "hf_ext.kws.modeling_slick:SlickForKeywordSpotting",
         "AutoProcessor": "hf_ext.kws.processing_kws:KwsProcessor",
         "AutoTokenizer": "hf_ext.kws.tokenization_phoneme:PhonemeTokenizer",
     },

