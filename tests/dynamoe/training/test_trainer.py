@@ -1,0 +1,209 @@
+"""The trainer of nested experts: what moves, what a step is made of, what is logged and what is refused."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig
+
+from dynamoe.models import tiny_model
+from dynamoe.training.setting import logged, nested, settings, texts, tiny_trainer, weights_of
+from hf_ext import DynaMoeTrainer
+
+
+FIGURES = ("loss", "lm_loss", "router_loss", "active_fraction", "router_accuracy")
+
+
+def assert_same_run(found: DynaMoeTrainer, expected: DynaMoeTrainer, **tolerance: float) -> None:
+    """The same figures step by step, and the same weights behind them."""
+    for name in FIGURES:
+        assert logged(expected, name)
+        torch.testing.assert_close(
+            torch.tensor(logged(found, name)), torch.tensor(logged(expected, name)), rtol=1e-4, atol=1e-5, msg=name
+        )
+    torch.testing.assert_close(weights_of(found), weights_of(expected), **(tolerance or {"rtol": 1e-4, "atol": 1e-5}))
+
+
+def moved_by(trainer: DynaMoeTrainer) -> set[str]:
+    before = weights_of(trainer)
+    trainer.train()
+    return {name for name, weight in weights_of(trainer).items() if not torch.equal(weight, before[name])}
+
+
+# What moves
+
+
+def test_routers_alone_move_first(tmp_path):
+    """In the first stage the model stays bit-equal, weight decay included, and every router moves."""
+    trainer = tiny_trainer(tmp_path, router_steps=4, weight_decay=0.1)
+    moved = moved_by(trainer)
+    assert moved == {name for name, _ in trainer.model.named_parameters() if ".router." in name}
+
+
+def test_everything_moves_then(tmp_path):
+    """Behind the first stage all weights are trained."""
+    trainer = tiny_trainer(tmp_path, router_steps=1, label_forcing=1.0)
+    assert moved_by(trainer) == {name for name, _ in trainer.model.named_parameters()}
+
+
+def test_lora_and_routers_alone(tmp_path):
+    """With a LoRA configuration that keeps the routers, nothing else moves."""
+    config = LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"], modules_to_save=["router"])
+    trainer = tiny_trainer(tmp_path, peft_config=config, label_forcing=1.0)
+    moved = moved_by(trainer)
+    assert moved and all("lora_" in name or "modules_to_save" in name for name in moved)
+    assert any("router" in name for name in moved) and any("lora_B" in name for name in moved)
+
+
+def test_routers_have_a_rate_of_their_own(tmp_path):
+    """At a rate of zero for everything else, only routers move."""
+    trainer = tiny_trainer(tmp_path, learning_rate=0.0, label_forcing=1.0)
+    assert moved_by(trainer) == {name for name, _ in trainer.model.named_parameters() if ".router." in name}
+
+
+def test_the_teacher_stays(tmp_path):
+    """By default a copy of the dense model as it was, which training doesn't touch."""
+    model = nested()
+    ids = torch.tensor([texts(1)["input_ids"][0]])
+    before = model(ids, sensitivity=1.0).logits.detach()
+    trainer = tiny_trainer(tmp_path, model=model, distillation_weight=1.0)
+    trainer.train()
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.teacher(ids).logits, before, rtol=0, atol=0)
+        assert not torch.allclose(model(ids, sensitivity=1.0).logits, before, atol=1e-3)
+
+
+# What a step is made of
+
+
+def test_micro_batches_don_t_matter(tmp_path):
+    """Four rows at once, or two and two: rows of different lengths, so that neither labels nor tokens are alike."""
+    options = {"distillation_weight": 0.5, "adam_epsilon": 1e-4}
+    whole = tiny_trainer(tmp_path / "a", **options)
+    parts = tiny_trainer(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
+    whole.train()
+    parts.train()
+    assert_same_run(parts, whole)
+
+
+def test_resumed_training_is_the_same(tmp_path):
+    """Interrupted in the second stage, to the bit."""
+    options = {"router_steps": 1, "save_strategy": "steps", "save_steps": 2, "distillation_weight": 0.5}
+    whole = tiny_trainer(tmp_path, **options)
+    whole.train()
+    again = tiny_trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(weights_of(again), weights_of(whole), rtol=0, atol=0)
+
+
+def test_checkpointed_activations_change_nothing(tmp_path):
+    """Layers that run again in the backward pass route as they did."""
+    plain = tiny_trainer(tmp_path / "a")
+    checkpointed = tiny_trainer(tmp_path / "b", activation_checkpointing=True)
+    plain.train()
+    checkpointed.train()
+    assert_same_run(checkpointed, plain)
+
+
+def test_labels_decide_at_first(tmp_path):
+    """With every token forced, fresh routers that ask for the full expert have no say in the model's loss."""
+    losses = []
+    for forced in (0.0, 1.0):
+        trainer = tiny_trainer(
+            tmp_path, label_forcing=forced, label_forcing_ratio=0.0, max_steps=1, min_sensitivity=0.3, sensitivity=0.3
+        )
+        trainer.train()
+        losses.append(logged(trainer, "lm_loss")[0])
+    dense = tiny_trainer(tmp_path, sensitivity=1.0, max_steps=1)
+    dense.train()
+    assert losses[0] == pytest.approx(logged(dense, "lm_loss")[0], rel=1e-5)
+    assert losses[1] != pytest.approx(losses[0], rel=1e-3)
+
+
+def test_routers_learn(tmp_path):
+    """Trained alone on the dense model, routers come from the full expert to as much as labels ask for."""
+    trainer = tiny_trainer(
+        tmp_path, train_dataset=texts(64), max_steps=60, router_steps=60, router_learning_rate=3e-2, sensitivity=0.7
+    )
+    trainer.train()
+    chosen, wanted, loss = (logged(trainer, name) for name in ("active_fraction", "label_fraction", "router_loss"))
+    assert chosen[0] == 1 and wanted[0] < 0.9
+    assert sum(chosen[-10:]) == pytest.approx(sum(wanted[-10:]), rel=0.15)
+    assert sum(loss[-5:]) < 0.6 * sum(loss[:5])
+
+
+def test_a_classifier_learns_the_labels_of_its_sensitivity(tmp_path):
+    """Which training writes into the configuration."""
+    trainer = tiny_trainer(tmp_path, model=nested("classifier"), sensitivity=0.6)
+    trainer.train()
+    assert trainer.routed.config.sensitivity == 0.6
+    assert logged(trainer, "router_loss")
+
+
+# What is saved and logged
+
+
+def test_what_is_saved_is_what_was_trained(tmp_path):
+    """Loaded by its folder alone: the same logits at any sensitivity."""
+    trainer = tiny_trainer(tmp_path, label_forcing=1.0)
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.tensor([texts(1)["input_ids"][0]])
+    trained = trainer.model.eval()
+    with torch.no_grad():
+        for sensitivity in (0.4, 1.0):
+            expected = trained(ids, sensitivity=sensitivity).logits
+            torch.testing.assert_close(loaded(ids, sensitivity=sensitivity).logits, expected, rtol=0, atol=0)
+
+
+def test_an_evaluation_does_not_depend_on_its_batches(tmp_path):
+    """Losses and fractions are averages over tokens, for each sensitivity, and the counts are of all tokens."""
+    rows = texts(7, seed=9)
+    found = []
+    for batch_size in (1, 4):
+        trainer = tiny_trainer(
+            tmp_path, eval_dataset=rows, per_device_eval_batch_size=batch_size, eval_sensitivities=[0.5, 1.0]
+        )
+        found.append((trainer.evaluate(), trainer.confusion))
+    for name in (
+        "eval_loss",
+        "eval_0.5_lm_loss",
+        "eval_1_lm_loss",
+        "eval_0.5_active_fraction",
+        "eval_0.5_router_loss",
+    ):
+        assert found[0][0][name] == pytest.approx(found[1][0][name], rel=1e-5)
+    num_tokens = sum(len(ids) for ids in rows["input_ids"])
+    for confusion in (found[0][1], found[1][1]):
+        assert confusion[0.5].sum((1, 2)).tolist() == [num_tokens] * 2
+    assert torch.equal(found[0][1][0.5], found[1][1][0.5])
+
+
+# What is refused
+
+
+def test_wrong_arguments_are_refused(tmp_path):
+    """Before any work is done, by name."""
+    with pytest.raises(
+        TypeError, match=r"`model` must be a DynaMoeForCausalLM, got LlamaForCausalLM.*convert_to_dynamoe"
+    ):
+        tiny_trainer(tmp_path, model=tiny_model())
+    with pytest.raises(TypeError, match="`args` must be a DynaMoeTrainingConfig, got SFTConfig"):
+        DynaMoeTrainer(model=nested(), args=SFTConfig(str(tmp_path), bf16=False, report_to="none"))
+    with pytest.raises(ValueError, match="`sensitivity` is needed"):
+        tiny_trainer(tmp_path, model=nested("classifier"))
+    with pytest.raises(ValueError, match=r"`router_steps`=3 .* `detach_router_input=False`"):
+        model = nested()
+        model.config.detach_router_input = False
+        tiny_trainer(tmp_path, model=model, router_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lm_loss_weight", -1.0), ("router_steps", -1), ("label_forcing", 1.5), ("sensitivity", 1.2), ("packing", True)],
+)
+def test_wrong_settings_are_refused(tmp_path, option, value):
+    """With the name of the setting."""
+    with pytest.raises(ValueError, match=f"`{option}`"):
+        settings(tmp_path, **{option: value})
