@@ -17,7 +17,11 @@ HEAVY = (
     "evaluate",
     "accelerate",
     "soundfile",
+    "soxr",
     "librosa",
+    "sklearn",
+    "scipy",
+    "inflect",
     "onnxruntime",
     "matplotlib",
 )

@@ -63,6 +63,15 @@ class SlickConfig(PreTrainedConfig):
     """
 
     model_type = "slick"
+    # `Trainer.evaluate` collects what is left: the logits of the phrases.
+    keys_to_ignore_at_inference = [
+        "prefix_logits",
+        "ctc_logits",
+        "utterance_loss",
+        "prefix_loss",
+        "ctc_loss",
+        "audio_features",
+    ]
 
     vocab_size: int = 74
     num_mel_bins: int = 80

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 from hf_ext import AutoModelForKeywordSpotting, KwsProcessor, SlickConfig, SlickForKeywordSpotting
 
@@ -207,6 +207,44 @@ class TestLosses:
             model(**pairs, labels=labels, phoneme_labels=torch.cat([spoken, spoken])).loss.backward()
             optimizer.step()
         assert ((model.eval()(**pairs).logits > 0) == labels.bool()).all()
+
+
+class TestTraining:
+    def rows(self):
+        inputs = batch((40, 40, 40, 40), (3, 3, 3, 3))
+        labels = torch.tensor([1, 0, 1, 0])
+        spoken = inputs["keyword_ids"].where(labels[:, None].bool(), inputs["keyword_ids"].roll(1, 0))
+        columns = {**inputs, "labels": labels, "phoneme_labels": spoken}
+        return [{name: values[row] for name, values in columns.items()} for row in range(4)]
+
+    def test_with_the_trainer(self, tmp_path):
+        arguments = TrainingArguments(
+            output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True
+        )
+        trainer = Trainer(
+            model=small_model(),
+            args=arguments,
+            train_dataset=self.rows(),
+            eval_dataset=self.rows(),
+            compute_metrics=lambda predicted: {"shape": list(predicted.predictions.shape)},
+        )
+        trainer.train()
+        assert trainer.evaluate()["eval_shape"] == [4]
+
+    @pytest.mark.parametrize("mode", ["autocast", "bfloat16", "checkpointing"])
+    def test_in_less_memory(self, mode):
+        model = small_model().train()
+        inputs = {name: torch.stack([row[name] for row in self.rows()]) for name in self.rows()[0]}
+        if mode == "checkpointing":
+            expected = model(**inputs).loss
+            model.gradient_checkpointing_enable()
+            torch.testing.assert_close(model(**inputs).loss, expected)
+        if mode == "bfloat16":
+            model, inputs["input_features"] = model.to(torch.bfloat16), inputs["input_features"].to(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            loss = model(**inputs).loss
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 class TestSaving:
