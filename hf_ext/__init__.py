@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_ext.dynamoe.configuration_dynamoe import DynaMoeConfig
     from hf_ext.dynamoe.conversion import convert_to_dynamoe
     from hf_ext.dynamoe.modeling_dynamoe import DynaMoeForCausalLM
+    from hf_ext.dynamoe.shards import convert_checkpoint_to_dynamoe
     from hf_ext.dynamoe.trainer import DynaMoeTrainer
     from hf_ext.dynamoe.trainer_config import DynaMoeTrainingConfig
     from hf_ext.kws.configuration_slick import SlickConfig
@@ -53,6 +54,7 @@ __all__ = [
     "PhonemeTokenizer",
     "SlickConfig",
     "SlickForKeywordSpotting",
+    "convert_checkpoint_to_dynamoe",
     "convert_to_dynamoe",
     "generate_completions",
     "mtp_generate",
@@ -77,6 +79,7 @@ _MODULE_OF_NAME = {
     "PhonemeTokenizer": "hf_ext.kws.tokenization_phoneme",
     "SlickConfig": "hf_ext.kws.configuration_slick",
     "SlickForKeywordSpotting": "hf_ext.kws.modeling_slick",
+    "convert_checkpoint_to_dynamoe": "hf_ext.dynamoe.shards",
     "convert_to_dynamoe": "hf_ext.dynamoe.conversion",
     "generate_completions": "hf_ext.mtp.on_policy",
     "mtp_generate": "hf_ext.mtp.generation",

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .calibration import calibration_batches, check_calibration
-from .dense_model import dense_skeleton, nested_config
+from .dense_model import beside, dense_skeleton, nested_config
 from .importance import neuron_importance
 from .modeling_dynamoe import DynaMoeForCausalLM
 from .nested_mlp import mlp_places, projection_names
@@ -75,7 +75,7 @@ def convert_to_dynamoe(
 
     Neurons are ranked on calibration text and reordered, most important first, which leaves the dense function as it is;
     expert `e` then owns the first neurons. Routers start at the full expert, so the result computes what the dense model
-    computes until [`DynaMoeTrainer`] has trained it.
+    computes until [`DynaMoeTrainer`] has trained it. A model larger than memory: [`convert_checkpoint_to_dynamoe`].
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -128,12 +128,15 @@ def convert_to_dynamoe(
     settings = {"router_type": router_type, "router_hidden_size": router_hidden_size, "similarity": similarity}
     if isinstance(model, (str, os.PathLike)):
         nested_config(dense_skeleton(model), num_experts, expert_widths, **settings)
-        if processing_class is None and calibration_dataset is not None:
-            processing_class = AutoTokenizer.from_pretrained(model)
+        if processing_class is None:
+            processing_class = beside(AutoTokenizer, model, "tokenizer_config.json")
         model = AutoModelForCausalLM.from_pretrained(model)
     config = nested_config(model, num_experts, expert_widths, **settings)
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
-        raise ValueError("Parts of the model are offloaded or have no weights: load all of it into memory.")
+        raise ValueError(
+            "Parts of the model are offloaded or have no weights: load all of it into memory, or convert its files with "
+            "`convert_checkpoint_to_dynamoe`."
+        )
     mlps = [getattr(parent, name) for parent, name in mlp_places(model, model.config)]
     batches: list[dict[str, torch.Tensor]] = []
     if calibration_dataset is not None:
@@ -144,12 +147,12 @@ def convert_to_dynamoe(
     try:
         model.eval()
         scores = neuron_importance(model, mlps, batches, importance, disable_tqdm)
-        probe = _probe(model, batches)
-        before = _logits(model, probe)
+        probe = probe_tokens(model, batches)
+        before = logits_of(model, probe)
         if importance != "none":
             for mlp, score in zip(mlps, scores, strict=True):
                 reorder_neurons(mlp, score.argsort(descending=True, stable=True))
-        difference = float((_logits(model, probe) - before).abs().max())
+        difference = float((logits_of(model, probe) - before).abs().max())
     finally:
         model.train(was_training)
 
@@ -157,17 +160,30 @@ def convert_to_dynamoe(
     if model.generation_config is not None:
         moe.generation_config = copy.deepcopy(model.generation_config)
     moe.train(was_training)
-    moe.conversion_receipt = ConversionReceipt(
-        base_model=model.name_or_path,
-        expert_widths=list(config.expert_widths),
+    moe.conversion_receipt = receipt_of(moe, model.name_or_path, importance, batches, scores, difference)
+    return moe
+
+
+def receipt_of(
+    moe: DynaMoeForCausalLM,
+    base_model: str,
+    importance: str,
+    batches: list[dict[str, torch.Tensor]],
+    scores: list[torch.Tensor],
+    difference: float,
+) -> ConversionReceipt:
+    """The receipt of a conversion, put into the model's configuration too."""
+    receipt = ConversionReceipt(
+        base_model=base_model,
+        expert_widths=list(moe.config.expert_widths),
         importance=importance,
         calibration_tokens=int(sum(batch["attention_mask"].sum() for batch in batches)),
-        importance_shares=[_shares(score, config.expert_widths) for score in scores],
+        importance_shares=[_shares(score, moe.config.expert_widths) for score in scores],
         largest_logit_difference=difference,
         router_parameters=sum(p.numel() for mlp in moe.nested_mlps() for p in mlp.router.parameters()),
     )
-    config.conversion = dataclasses.asdict(moe.conversion_receipt)
-    return moe
+    moe.config.conversion = dataclasses.asdict(receipt)
+    return receipt
 
 
 @torch.no_grad()
@@ -198,7 +214,7 @@ def reordered_rows(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return tensor.unflatten(0, (parts, len(order)))[:, order.to(tensor.device)].flatten(0, 1)
 
 
-def _probe(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+def probe_tokens(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """A few tokens to compare the model with itself on."""
     if batches:
         ids = batches[0]["input_ids"][:1, : int(batches[0]["attention_mask"][0].sum())]
@@ -209,7 +225,7 @@ def _probe(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> to
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits.float()
 
 

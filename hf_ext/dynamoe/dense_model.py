@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from .configuration_dynamoe import DynaMoeConfig, equal_widths, mlp_width
 from .modeling_dynamoe import DynaMoeForCausalLM
@@ -85,6 +86,26 @@ def nested_config(
         raise ValueError(f"`expert_widths` must be integers such as (64, 128, 256), got {expert_widths!r}.")
     base_config: PreTrainedConfig = model.config
     return DynaMoeConfig(base_config=base_config, expert_widths=list(expert_widths), dtype=model.dtype, **settings)
+
+
+def beside(kind: Any, name: str | os.PathLike[str], filename: str) -> Any:
+    """
+    What lies beside a model's weights, such as its tokenizer.
+
+    Args:
+        kind (`type`):
+            Its class.
+        name (`str` or `os.PathLike`):
+            The model's folder or its name on the Hub.
+        filename (`str`):
+            The file without which there is none: some tokenizers would come up empty.
+
+    Returns:
+        An instance of the class, or `None`.
+    """
+    if cached_file(name, filename, _raise_exceptions_for_missing_entries=False) is None:
+        return None
+    return kind.from_pretrained(name)
 
 
 def _quantised(subject: str) -> str:

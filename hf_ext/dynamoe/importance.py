@@ -43,7 +43,7 @@ def neuron_importance(
 
     def add(layer: int, values: torch.Tensor) -> None:
         # Padding is text that nobody wrote.
-        sums[layer] += values.abs()[real.bool()].sum(0).double().cpu()
+        sums[layer] += values.abs()[real.to(values.device).bool()].sum(0).double().cpu()
 
     def watch(layer: int) -> Any:
         def before_down(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -73,7 +73,12 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
 
     def __init__(self, config: DynaMoeConfig, model: PreTrainedModel | None = None):
         super().__init__(config)
-        self.model = AutoModelForCausalLM.from_config(config.base_config) if model is None else model
+        if model is None:
+            model = AutoModelForCausalLM.from_config(config.base_config)
+        else:
+            for module in model.modules():  # else those that transformers didn't make would get fresh weights below
+                module._is_hf_initialized = True
+        self.model = model
         self.routing = Routing(config.sensitivity)
         # The device by name: `from_pretrained` makes the model on `meta`.
         shape = (config.base_config.num_hidden_layers, config.num_experts)
@@ -118,12 +123,6 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.set_output_embeddings(new_embeddings)
-
-    def get_decoder(self) -> Any:
-        return self.model.get_decoder()
-
-    def set_decoder(self, decoder: Any) -> None:
-        self.model.set_decoder(decoder)
 
     def nested_mlps(self) -> list[NestedMlp]:
         """The MLPs, layer by layer."""

@@ -138,6 +138,16 @@ def test_routed_output_is_the_same_with_gradients_and_without(shape, sensitivity
     torch.testing.assert_close(sliced.logits, masked.logits, rtol=1e-4, atol=1e-4)
 
 
+def test_weights_of_modules_that_transformers_did_not_make_are_kept():
+    """A head put onto the dense model, a vocabulary resized."""
+    dense, ids = tiny_model(), random_ids(1, 9)
+    dense.resize_token_embeddings(48)
+    dense.lm_head = torch.nn.Linear(32, 48)
+    with torch.no_grad():
+        expected = dense(ids).logits
+        assert torch.equal(convert_to_dynamoe(dense, 3, importance="none")(ids).logits, expected)
+
+
 def test_fresh_routers_choose_the_full_expert():
     """Until they are trained, whatever the sensitivity in use; at 0 alone everything goes to the smallest."""
     for router_type in ("ordinal", "classifier"):
