@@ -33,6 +33,9 @@ def neuron_importance(
 
     Returns:
         `list[torch.Tensor]`: for each layer a float64 tensor of shape `(intermediate_size,)` on the CPU.
+
+    Raises:
+        ValueError: for activations that are no numbers.
     """
     downs = [getattr(mlp, projection_names(mlp)[-1]) for mlp in mlps]  # type: ignore[index]
     if importance == "none":
@@ -75,6 +78,12 @@ def neuron_importance(
             handle.remove()
         for parameter, requires_grad in required:
             parameter.requires_grad_(requires_grad)
+    broken = [layer for layer, total in enumerate(sums) if not total.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"The model's activations are NaN or infinite in {len(broken)} of {len(sums)} layers, the first {broken[0]}, on the "
+            "calibration text: its weights are damaged, or its precision is too low (try `dtype=torch.bfloat16`)."
+        )
     count = sum(int(batch["attention_mask"].sum()) for batch in batches)
     scores = [total / count for total in sums]
     if importance == "activation_norm":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -176,7 +176,8 @@ class _Source:
         self.dtype = moe.model.dtype
         self.places: dict[str, tuple[str, str]] = {}
         wanted, inside = {}, [f"{name}.dense." for name, _ in _named_mlps(moe)]
-        for name in moe.state_dict():
+        shapes = {name: tuple(t.shape) for name, t in moe.state_dict().items() if ".router." not in name}
+        for name in shapes:
             place = next((p for p in inside if name.startswith(p)), "")
             dense_name = name.replace(place, place.removesuffix("dense."), 1) if place else name
             wanted[dense_name.removeprefix("model.")] = name
@@ -184,21 +185,21 @@ class _Source:
         renamings = [r for r in get_model_conversion_mapping(moe.model) if isinstance(r, WeightRenaming)]
         unknown = []
         for path in files:
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 for key in file.keys():  # noqa: SIM118 (it is no dictionary)
                     known = rename_source_key(key, renamings, [], moe.model.base_model_prefix, wanted)[0]
                     if known not in wanted:
                         unknown.append(key)
                         continue
-                    found, expected = tuple(file.get_slice(key).get_shape()), moe.state_dict()[wanted[known]].shape
-                    if found != tuple(expected):
+                    found, expected = tuple(file.get_slice(key).get_shape()), shapes[wanted[known]]
+                    if found != expected:
                         raise ValueError(
-                            f"'{key}' has shape {found} in '{path}' and {tuple(expected)} by config.json: they don't belong "
-                            "together."
+                            f"'{key}' has shape {found} in '{path}' and {expected} by config.json: they don't belong together."
                         )
                     self.places[wanted[known]] = (path, key)
         tied = moe.all_tied_weights_keys
-        missing = [n for n in wanted.values() if n not in self.places and n not in tied and ".router." not in n]
+        self.places = {name: place for name, place in self.places.items() if name not in tied}
+        missing = [name for name in shapes if name not in self.places and name not in tied]
         ignored = [*(moe._keys_to_ignore_on_load_unexpected or ()), *OBSOLETE]
         unknown = [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]
         if missing or unknown:
@@ -211,7 +212,7 @@ class _Source:
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in the precision of the model."""
         path, key = self.places[name]
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             return file.get_tensor(key).to(self.dtype)
 
 
@@ -274,8 +275,20 @@ def _weight_files(name: str | os.PathLike[str]) -> list[str]:
     return get_checkpoint_shard_files(name, index)[0]
 
 
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """A file of tensors; which one it is that can't be read, safetensors doesn't say."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{path}' can't be read ({error}): it is truncated, damaged or a Git LFS pointer. Download it again."
+        ) from error
+
+
 def _first_dtype(files: list[str]) -> torch.dtype:
-    with safe_open(files[0], framework="pt") as file:
+    with _opened(files[0]) as file:
         return next(tensor.dtype for tensor in map(file.get_tensor, file.keys()) if tensor.is_floating_point())
 
 

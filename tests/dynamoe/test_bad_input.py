@@ -146,6 +146,13 @@ def test_a_model_with_an_adapter():
     refuse(model, ["carries an adapter", "merge"])
 
 
+def test_a_model_whose_activations_are_no_numbers():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0] = math.inf
+    refuse(model, ["NaN or infinite in 1 of 2 layers, the first 1", "dtype=torch.bfloat16"])
+
+
 def test_a_model_without_its_weights():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_model().config)

@@ -107,6 +107,17 @@ def test_precision_is_that_of_the_dense_model(dtype, tmp_path):
     assert {tensor.dtype for tensor in tensors_of(folder).values()} == {dtype}
 
 
+def test_an_output_embedding_that_is_tied_and_in_the_files_is_left_out(tmp_path):
+    """As loading and saving does; old names of tensors are known too."""
+    dense = tiny_model("qwen2")
+    dense.save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
+    tensors["lm_head.weight"] = tensors["embed_tokens.weight"].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert "model.lm_head.weight" not in tensors_of(convert_both_ways(path.parent, tmp_path, importance="none"))
+
+
 def test_the_tokenizer_and_generation_settings_come_along(tmp_path):
     texts = ["Once upon a time there was a cat.", "The sun was warm."]
     options = {"calibration_dataset": texts, "num_experts": 4, "disable_tqdm": True}
@@ -147,6 +158,10 @@ def test_what_cannot_be_converted_leaves_nothing_behind(tmp_path):
     ):
         (source / "config.json").write_text(json.dumps({**config, **changes}))
         refuse(source, target, words)
+    (source / "config.json").write_text(json.dumps(config))
+    path = min(source.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-10])
+    refuse(source, target, [path.name, "truncated, damaged or a Git LFS pointer"])
     for path in source.glob("*.safetensors*"):
         path.unlink()
     refuse(source, target, ["neither model.safetensors nor", "save_pretrained"])
