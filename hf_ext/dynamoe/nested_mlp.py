@@ -182,12 +182,15 @@ class NestedMlp(nn.Module):
         at_least = torch.bincount(expert, minlength=len(self.widths)).flip(0).cumsum(0).flip(0).tolist()
         down = _linear(self.dense, self.output)
         x = x[order]
-        y = x.new_zeros(x.shape[0], down.weight.shape[0]) if down.bias is None else down.bias.repeat(x.shape[0], 1)
-        for num_tokens, start, end in zip(at_least, [0, *self.widths], self.widths, strict=False):
+        y = F.linear(self._hidden_slice(x, 0, self.widths[0]), down.weight[:, : self.widths[0]], down.bias)
+        for num_tokens, start, end in zip(at_least[1:], self.widths, self.widths[1:], strict=False):
             if num_tokens == 0:
                 break
-            hidden = self._hidden_slice(x[:num_tokens], start, end)
-            y[:num_tokens].addmm_(hidden, down.weight[:, start:end].t())
+            hidden, weight = self._hidden_slice(x[:num_tokens], start, end), down.weight[:, start:end]
+            if y.dtype == hidden.dtype == weight.dtype:
+                y[:num_tokens].addmm_(hidden, weight.t())
+            else:  # autocast leaves products in place alone
+                y[:num_tokens] += F.linear(hidden, weight)
         result = torch.empty_like(y)
         result[order] = y
         return result

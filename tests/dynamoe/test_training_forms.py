@@ -40,6 +40,27 @@ def test_a_compiled_model_computes_the_same(shape):
             assert torch.equal(out.expert_index, expected.expert_index)
 
 
+@pytest.mark.parametrize("shape", ["llama-bias", "phi3", "gpt_neox"])
+def test_autocast_changes_precision_alone(shape):
+    """In each form, with gradients and without: as near to full precision as the dense model's autocast is."""
+    moe, ids = tiny_moe(shape), random_ids(2, 9)
+    for options in (
+        {},
+        {"expert_index": 1},
+        {"expert_index": ids % 3},
+        {"expert_index": ids % 3, "output_nearness": True},
+    ):
+        with torch.no_grad():
+            expected = moe(ids, **options).logits
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = [moe(ids, **options).logits]
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(moe(ids, **options).logits)
+        for logits in outputs:
+            assert logits.dtype == torch.bfloat16
+            assert (logits.float() - expected).norm() < 0.05 * expected.norm()
+
+
 def test_a_compiled_model_has_the_same_gradients():
     moe, ids = tiny_moe(), random_ids(2, 9)
     options = {"sensitivity": 0.5, "labels": ids, "output_router_logits": True}
