@@ -278,7 +278,7 @@ def main(args: Arguments) -> None:
     settings = {k: v for k, v in settings.items() if k not in ("seeds", "only", "threads", "results_dir", "device")}
     settings |= {"model": last_part(args.model), "training_text": last_part(args.training_text)}
     name = f"ablations_{args.steps}_steps"
-    path = (RESULTS if args.results_dir is None else Path(args.results_dir)) / f"{name}.json"
+    path = (RESULTS / "mtp" if args.results_dir is None else Path(args.results_dir)) / f"{name}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     wanted = {
         variant_name: variant

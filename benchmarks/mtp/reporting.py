@@ -21,7 +21,7 @@ import hf_ext
 from hf_ext.cli.compare import describe_machine, share_weights
 
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "mtp"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 # Below so many parameters a second thread gains nothing on a CPU.
 ONE_THREAD_BELOW = 5_000_000
 
@@ -83,7 +83,11 @@ def last_part(path: str | None) -> str | None:
 
 def provenance(model: Any) -> dict[str, str]:
     """The command, the machine, the versions and the day."""
-    command = [f"benchmarks/mtp/{Path(sys.argv[0]).name}", *(_shortened(word) for word in sys.argv[1:])]
+    script = Path(sys.argv[0]).resolve()
+    command = [f"benchmarks/{script.parent.name}/{script.name}", *(_shortened(word) for word in sys.argv[1:])]
+    if script.parent.name != "mtp":
+        # Scripts that share this module are run as modules from the repository's root.
+        command[0:1] = ["-m", f"benchmarks.{script.parent.name}.{script.stem}"]
     return {
         "command": "python " + shlex.join(command),
         "date": datetime.date.today().isoformat(),
@@ -108,7 +112,7 @@ def write(
     lead: str = "",
 ) -> Path:
     """Writes `<name>.json` and `<name>.md` and returns the path of the latter."""
-    target = RESULTS if folder is None else Path(folder)
+    target = RESULTS / Path(sys.argv[0]).resolve().parent.name if folder is None else Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     source = provenance(model)
     (target / f"{name}.json").write_text(json.dumps({"provenance": source, **data}, indent=1) + "\n", encoding="utf-8")
