@@ -102,6 +102,11 @@ class DynaMoeConfig(PreTrainedConfig):
     def num_experts(self) -> int:
         return len(self.expert_widths)
 
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output["base_config"].pop("_name_or_path", None)  # often a folder on somebody's machine
+        return output
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The dense model's configuration: what caches, generation and tools ask for sizes."""
         return self.base_config

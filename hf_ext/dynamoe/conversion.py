@@ -29,8 +29,8 @@ class ConversionReceipt:
     What a conversion did.
 
     Args:
-        base_model (`str`):
-            Name of the dense model.
+        base_model (`str`, *optional*):
+            Name of the dense model on the Hub.
         expert_widths (`list[int]`):
             Neurons of each expert.
         importance (`str`):
@@ -45,7 +45,7 @@ class ConversionReceipt:
             Number of parameters that the routers add.
     """
 
-    base_model: str
+    base_model: str | None
     expert_widths: list[int]
     importance: str
     calibration_tokens: int
@@ -174,7 +174,8 @@ def receipt_of(
 ) -> ConversionReceipt:
     """The receipt of a conversion, put into the model's configuration too."""
     receipt = ConversionReceipt(
-        base_model=base_model,
+        # A folder on somebody's machine says nothing to others.
+        base_model=None if os.path.isabs(base_model) or os.path.exists(base_model) else base_model or None,
         expert_widths=list(moe.config.expert_widths),
         importance=importance,
         calibration_tokens=int(sum(batch["attention_mask"].sum() for batch in batches)),

@@ -143,7 +143,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
         self._check_serves([sensitivity])
         if self.config.router_type == "classifier" and self.config.sensitivity < 1:
             self.config.label_sensitivity = self.config.sensitivity
-        self.config.sensitivity = sensitivity
+        self.config.sensitivity = self.routing.sensitivity = sensitivity
 
     def _check_serves(self, sensitivities: list[float]) -> None:
         config = self.config

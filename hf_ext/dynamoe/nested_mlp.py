@@ -33,7 +33,7 @@ class Routing:
     How the current pass routes. One object is shared by all layers of a model; `begin` and `end` stand around a pass.
 
     The settings stay until the next pass, since checkpointed layers run again in the backward pass and have to route as
-    they did.
+    they did. With checkpointing a pass therefore goes backward before the next one begins.
 
     Args:
         sensitivity (`float`):

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dynamoe.models import SHAPES, random_ids, tiny_moe
-from hf_ext import DynaMoeConfig, DynaMoeForCausalLM
+from dynamoe.models import SHAPES, random_ids, tiny_model, tiny_moe
+from hf_ext import DynaMoeConfig, DynaMoeForCausalLM, convert_to_dynamoe
 
 
 def assert_same(loaded, moe, sensitivity=0.5):
@@ -76,6 +76,15 @@ def test_the_configuration_comes_back(tmp_path):
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["model_type"] == "dynamoe" and written["base_config"]["model_type"] == "mistral"
     assert DynaMoeConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_no_folder_of_this_machine_is_saved(tmp_path):
+    """In a configuration that goes to the Hub."""
+    tiny_model().save_pretrained(tmp_path / "dense")
+    moe = convert_to_dynamoe(str(tmp_path / "dense"), 3, importance="none")
+    moe.save_pretrained(tmp_path / "moe")
+    for name in ("config.json", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "moe" / name).read_text()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
