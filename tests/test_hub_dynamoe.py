@@ -144,3 +144,27 @@ def test_what_travels_imports_nothing_of_the_package():
                 assert roots <= {"torch", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
     assert {"configuration_dynamoe", "nested_mlp", "routing"} <= seen
     assert not seen & {"conversion", "trainer", "calibration"}
+
+
+def test_a_dense_model_on_the_hub_is_converted_by_its_name(hub):
+    """In memory and from file to file; receipt and card name it."""
+    repo_id = f"{hub.user}/dynamoe-base"
+    code = (
+        MAKE.partition("    rows =")[0]
+        + """
+    from pathlib import Path
+    from hf_ext import convert_checkpoint_to_dynamoe
+
+    dense.push_to_hub(sys.argv[1], max_shard_size="4KB")
+    options = {"num_experts": 3, "importance": "none", "disable_tqdm": True}
+    torch.manual_seed(1)
+    moe = convert_to_dynamoe(sys.argv[1], **options)
+    torch.manual_seed(1)
+    receipt = convert_checkpoint_to_dynamoe(sys.argv[1], "moe", **options)
+    assert receipt == moe.conversion_receipt and receipt.base_model == sys.argv[1]
+    loaded = AutoModelForCausalLM.from_pretrained("moe").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in moe.state_dict().items())
+    assert f"base_model: {sys.argv[1]}" in Path("moe/README.md").read_text()
+    """
+    )
+    hub.run_python(code, repo_id, "llama")

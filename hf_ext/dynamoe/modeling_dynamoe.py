@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .configuration_dynamoe import DynaMoeConfig, checked_sensitivity
+from .generation_dynamoe import DynaMoeGenerationMixin
 from .loading import refuse_other_weights
 from .nested_mlp import NestedMlp, Routing, nest_mlps
 from .outputs import DynaMoeCausalLMOutputWithPast, ExpertUsage
@@ -32,7 +33,7 @@ class DynaMoePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
 
-class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
+class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
     """
     DynaMoE (https://huggingface.co/papers/2502.12325): the MLP of each layer becomes nested experts, slices of its own
     weights, and a router sends each token to as much of it as the token's difficulty needs. Attention, embeddings and
@@ -269,22 +270,6 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, GenerationMixin):
             if result.loss is not None:
                 result.loss = result.loss + self.config.router_aux_loss_coef * result.aux_loss.to(result.loss.device)
         return result
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-        )
-        given = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        if attention_mask is not None and attention_mask.dim() == 2 and given.shape[1] > 1:
-            # Caches of fixed size get a mask of four dimensions, which doesn't tell padding.
-            inputs["token_mask"] = attention_mask[:, -given.shape[1] :]
-        return inputs
 
     def _aux_loss(
         self, result: DynaMoeCausalLMOutputWithPast, sensitivity: float | torch.Tensor, token_mask: torch.Tensor | None

@@ -109,6 +109,17 @@ def test_a_nested_model_drafts_for_itself():
     assert torch.equal(greedy(moe, ids, max_new_tokens=16, assistant_model=drafter), expected)
 
 
+@pytest.mark.usefixtures("quiet_assistant")
+def test_the_arguments_of_a_call_are_not_the_assistants():
+    """A dense one doesn't know them, and a nested one has a sensitivity of its own."""
+    moe, ids, drafter = tiny_moe(), random_ids(1, 8), tiny_moe()
+    drafter.set_sensitivity(0.0)
+    expected = greedy(moe, ids, sensitivity=0.5)
+    for assistant in (tiny_model(seed=1), drafter):
+        assert torch.equal(greedy(moe, ids, sensitivity=0.5, assistant_model=assistant), expected)
+    assert drafter.expert_usage().shares[:, 0].eq(1).all()
+
+
 def test_a_prompt_of_embeddings_generates_the_same():
     moe, ids = tiny_moe(), random_ids(2, 6)
     moe.set_sensitivity(0.5)
