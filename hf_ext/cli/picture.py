@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_ext._extras import missing_extra
+from hf_ext.cli.charts import Curve, HeatMap, Shades
 from hf_ext.cli.report import NUM_COLOURS, Bars, Section, Steps
 
 
@@ -22,11 +24,14 @@ _WIDTH = 11.0
 _FONT_SIZE = 72 * _WIDTH / _COLUMNS / 0.62
 _FILLS = ("#cfe6ff", "#ffe2b3", "#cdeccf", "#f3d3ee")
 _INK, _SOFT, _BAR, _ACCENT = "#1d2129", "#5a6270", "#8f9bb0", "#c2570c"
+_LINES = (_ACCENT, "#2f6fb0", _SOFT)
+_SHADES = ("#ffffff", "#f49137")
 
 
 def draw(section: Section, path: Path) -> None:
     """
-    Draws a section's bar charts and, below, the first of its texts that has more than one token in a step.
+    Draws a section's charts, two in a row, and below them one text: the first whose tokens are shaded, or else the
+    first that has more than one token in a step.
 
     Args:
         section (`Section`):
@@ -40,24 +45,41 @@ def draw(section: Section, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise missing_extra(error, needed_by="the picture of `hf-ext demo`") or error from error
+        raise missing_extra(error, needed_by="a picture") or error from error
 
-    charts = [block for block in section.blocks if isinstance(block, Bars)]
-    texts = [block for block in section.blocks if isinstance(block, Steps)]
-    text = next((block for block in texts if any(len(step) > 1 for step in block.steps)), None)
+    charts = [block for block in section.blocks if isinstance(block, (Bars, Curve, HeatMap))]
+    pairs = [charts[start : start + 2] for start in range(0, len(charts), 2)]
+    text = _text_of(section)
     rows = _laid_out(text) if text else []
-    heights = [2.6] * bool(charts) + [0.5 + 0.3 * len(rows)] * bool(text)
+    heights = [2.6 if all(isinstance(chart, Bars) for chart in pair) else 3.4 for pair in pairs]
+    heights += [0.5 + 0.3 * len(rows)] * bool(text)
     # A Figure without pyplot has no window and leaves no state behind.
     figure = Figure(figsize=(_WIDTH, 0.5 + sum(heights)), dpi=150, layout="constrained")
     figure.suptitle(section.title, color=_INK, fontsize=15, fontweight="bold", x=0.01, ha="left")
     if heights:
         parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-        if charts:
-            for axes, chart in zip(parts[0].subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
-                _draw_bars(axes, chart)
+        for part, pair in zip(parts, pairs, strict=False):
+            for axes, chart in zip(part.subplots(1, len(pair), squeeze=False)[0], pair, strict=True):
+                _draw_chart(axes, chart)
         if text:
             _draw_text(parts[-1].subplots(), text, rows)
     figure.savefig(path)
+
+
+def _text_of(section: Section) -> Steps | Shades | None:
+    shaded = [block for block in section.blocks if isinstance(block, Shades)]
+    steps = [block for block in section.blocks if isinstance(block, Steps)]
+    return next(iter(shaded), None) or next((b for b in steps if any(len(step) > 1 for step in b.steps)), None)
+
+
+def _draw_chart(axes: Axes, chart: Bars | Curve | HeatMap) -> None:
+    if isinstance(chart, Bars):
+        _draw_bars(axes, chart)
+    elif isinstance(chart, Curve):
+        _draw_curve(axes, chart)
+    else:
+        _draw_heat_map(axes, chart)
+    axes.set_title(chart.title, loc="left", color=_INK, fontsize=11)
 
 
 def _draw_bars(axes: Axes, chart: Bars) -> None:
@@ -68,19 +90,53 @@ def _draw_bars(axes: Axes, chart: Bars) -> None:
     if chart.reference is not None:
         axes.axvline(chart.reference, color=_SOFT, linestyle=":", linewidth=1)
     axes.invert_yaxis()
-    axes.set_title(chart.title, loc="left", color=_INK, fontsize=11)
     axes.margins(x=0.12)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(left=False, bottom=False, labelbottom=False)
 
 
-# One character and the step that wrote it; -1 is the prompt.
+def _draw_curve(axes: Axes, chart: Curve) -> None:
+    for (name, points), colour in zip(chart.series, itertools.cycle(_LINES), strict=False):
+        x, y, _ = zip(*points, strict=True)
+        axes.plot(x, y, marker="o", markersize=4, color=colour, label=name)
+    axes.set_xlabel(chart.x_label, color=_SOFT, fontsize=9)
+    axes.set_ylabel(chart.y_label, color=_SOFT, fontsize=9)
+    axes.set_xticks(chart.x_ticks)
+    axes.set_yticks(chart.y_ticks)
+    axes.grid(color="#e6e8ec", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, colors=_SOFT)
+    if len(chart.series) > 1:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_heat_map(axes: Axes, chart: HeatMap) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("share", _SHADES)
+    axes.imshow(chart.values, cmap=colours, vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(chart.columns)), chart.columns, fontsize=8, color=_SOFT)
+    axes.set_yticks(range(len(chart.rows)), chart.rows, fontsize=8, color=_SOFT)
+    axes.set_xlabel(chart.x_label, color=_SOFT, fontsize=9)
+    axes.set_ylabel(chart.y_label, color=_SOFT, fontsize=9)
+    axes.tick_params(left=False, bottom=False)
+    axes.spines[:].set_visible(False)
+    if len(chart.rows) <= _MAX_ROWS:
+        for y, values in enumerate(chart.values):
+            for x, value in enumerate(values):
+                axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color=_INK)
+
+
+# One character and the number of the step or token that it belongs to; -1 is the prompt.
 _Character = tuple[str, int]
 
 
-def _laid_out(block: Steps) -> list[list[_Character]]:
+def _laid_out(block: Steps | Shades) -> list[list[_Character]]:
     """Breaks the text into rows of a monospaced grid, between words where it can."""
-    texts = [block.prompt, *("".join(step) for step in block.steps)]
+    if isinstance(block, Steps):
+        texts = [block.prompt, *("".join(step) for step in block.steps)]
+    else:
+        texts = ["", *(text for text, _, _ in block.tokens)]
     characters = [(character, step) for step, text in enumerate(texts, start=-1) for character in text]
     rows: list[list[_Character]] = [[]]
     for character, step in characters:
@@ -98,9 +154,15 @@ def _laid_out(block: Steps) -> list[list[_Character]]:
     return rows
 
 
-def _draw_text(axes: Axes, block: Steps, rows: Sequence[Sequence[_Character]]) -> None:
+def _draw_text(axes: Axes, block: Steps | Shades, rows: Sequence[Sequence[_Character]]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
+    if isinstance(block, Steps):
+        fills: Sequence[Any] = [_FILLS[step % NUM_COLOURS] for step in range(len(block.steps))]
+    else:
+        colours = LinearSegmentedColormap.from_list("share", _SHADES)
+        fills = [colours(block.level(value)) for _, value, _ in block.tokens]
     axes.set_xlim(0, _COLUMNS)
     axes.set_ylim(len(rows), 0)
     axes.axis("off")
@@ -109,8 +171,7 @@ def _draw_text(axes: Axes, block: Steps, rows: Sequence[Sequence[_Character]]) -
         for x, (_, step) in enumerate(row):
             if step >= 0:
                 # A hair wider than its cell, lest the page shine through between two of one colour.
-                fill = _FILLS[step % NUM_COLOURS]
-                axes.add_patch(Rectangle((x, y + 0.06), 1.02, 0.88, facecolor=fill, linewidth=0))
+                axes.add_patch(Rectangle((x, y + 0.06), 1.02, 0.88, facecolor=fills[step], linewidth=0))
         # Character by character: no font is exactly as wide as the grid.
         for x, (character, step) in enumerate(row):
             axes.text(

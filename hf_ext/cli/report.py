@@ -7,6 +7,7 @@ nothing else, and [`hf_ext.cli.picture.draw`] into a PNG.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 import hf_ext
+from hf_ext.cli.charts import Curve, HeatMap, Shades
 
 
 # Colours of consecutive steps; the page and the picture have as many.
@@ -140,7 +142,7 @@ class Steps:
         return f"{tokens} tokens in {steps} steps ({tokens / max(steps, 1):.2f} per step, at most {longest} in one)"
 
 
-Block = Prose | Figures | Table | Bars | Steps
+Block = Prose | Figures | Table | Bars | Curve | HeatMap | Steps | Shades
 
 
 @dataclass
@@ -218,7 +220,9 @@ def split_into_steps(texts: Sequence[str], step_lengths: Sequence[int]) -> list[
     return steps
 
 
-def render_page(title: str, sections: Sequence[Section], machine: Mapping[str, str]) -> str:
+def render_page(
+    title: str, sections: Sequence[Section], machine: Mapping[str, str], command: str = "hf-ext demo"
+) -> str:
     """
     One HTML page that needs no other file and no network.
 
@@ -229,6 +233,8 @@ def render_page(title: str, sections: Sequence[Section], machine: Mapping[str, s
             Shown in order.
         machine (`Mapping[str, str]`):
             What the times were taken on, from [`hf_ext.cli.compare.describe_machine`].
+        command (`str`, *optional*, defaults to `"hf-ext demo"`):
+            What wrote it.
 
     Returns:
         `str`: the page.
@@ -244,8 +250,19 @@ def render_page(title: str, sections: Sequence[Section], machine: Mapping[str, s
         lstrip_blocks=True,
     )
     return environment.get_template("demo.html").render(
-        title=title, sections=sections, machine=machine, num_colours=NUM_COLOURS, version=hf_ext.__version__
+        title=title,
+        sections=sections,
+        machine=machine,
+        command=command,
+        num_colours=NUM_COLOURS,
+        version=hf_ext.__version__,
     )
+
+
+def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+    """The figures behind what is shown, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def print_section(section: Section, console: Console) -> None:
@@ -258,6 +275,9 @@ def print_section(section: Section, console: Console) -> None:
             console.print(rich_table(block))
         elif isinstance(block, Steps):
             console.print(Panel(_coloured(block, console), title=escape(block.title), subtitle=block.summary))
+        elif isinstance(block, Shades):
+            console.print(Panel(_shaded(block), title=escape(block.title)))
+            console.print(block.summary, style="dim", highlight=False)
         else:
             raise TypeError(f"The terminal does not show {type(block).__name__}.")
 
@@ -283,4 +303,15 @@ def _coloured(block: Steps, console: Console) -> Text:
         # A colour behind a line break would fill the rest of the line.
         for part in re.split(r"(\n+)", "".join(step)):
             text.append(part, style=None if part.startswith("\n") else _TERMINAL_STYLES[i % NUM_COLOURS])
+    return text
+
+
+def _shaded(block: Shades) -> Text:
+    text = Text()
+    for token, value, _ in block.tokens:
+        # From white to the orange of the page; a colour behind a line break would fill the rest of the line.
+        level = block.level(value)
+        style = f"black on rgb({255 - round(11 * level)},{255 - round(110 * level)},{255 - round(200 * level)})"
+        for part in re.split(r"(\n+)", token):
+            text.append(part, style=None if part.startswith("\n") else style)
     return text
