@@ -176,7 +176,7 @@ def compare(
     encoded = _encoded(base_model, tokenizer, prompts, max_new_tokens)
     base_model.eval()
     runs: list[list[Run]] = []
-    with _progress(console) as progress, _without_upstream_noise():
+    with progress_bar(console) as progress, _without_upstream_noise():
         task = progress.add_task("", total=len(encoded) * len(methods) * (repeats + 1))
         for number, prompt_ids in enumerate(encoded, start=1):
 
@@ -319,19 +319,21 @@ def _without_upstream_noise() -> Iterator[None]:
 
 
 def _timed(model: Any, prompt_ids: list[int], kwargs: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], float]:
-    _wait_for(model.device)
+    wait_for(model.device)
     start = time.perf_counter()
     output = _generate(model, prompt_ids, kwargs, tokenizer)
-    _wait_for(model.device)
+    wait_for(model.device)
     return output[0, len(prompt_ids) :].tolist(), time.perf_counter() - start
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given: only then is a time a time."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def _progress(console: Console | None) -> Progress:
+def progress_bar(console: Console | None) -> Progress:
+    """The bar of everything that takes more than a moment; it leaves no trace."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),

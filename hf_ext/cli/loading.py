@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from hf_ext import shipped_model
+from hf_ext import DynaMoeForCausalLM, shipped_model
 from hf_ext.cli.compare import share_weights
 
 
@@ -97,11 +97,11 @@ def load_pair(model: str | None, adapter: str | None, device: str | None = None,
     if model is None and adapter is None:
         model, adapter, name = str(shipped_model("tiny-lm")), str(shipped_model("tiny-lm-mtp")), "tiny-lm (shipped)"
     elif adapter is None:
-        model, adapter, name = _base_of(model, no_adapter=True), model, _short(str(model))
+        model, adapter, name = _base_of(model, no_adapter=True), model, short_name(str(model))
     elif model is None:
-        model, name = _base_of(adapter, no_adapter=False), _short(adapter)
+        model, name = _base_of(adapter, no_adapter=False), short_name(adapter)
     else:
-        name = f"{_short(model)} with {_short(adapter)}"
+        name = f"{short_name(model)} with {short_name(adapter)}"
     base, tokenizer = load_base(str(model), device, dtype)
     untouched = share_weights(base)
     try:
@@ -116,6 +116,22 @@ def load_pair(model: str | None, adapter: str | None, device: str | None = None,
             f"{adapter!r} is a {adapted.active_peft_config.peft_type.value} adapter, not a multi-token one: train one with `hf-ext mtp train`."
         )
     return Pair(name, untouched, adapted, tokenizer)
+
+
+def load_nested(name: str, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+    """
+    A model of nested experts and its tokenizer, as [`load_base`] loads them.
+
+    Raises:
+        typer.BadParameter: where there is no such model, or a dense one.
+    """
+    model, tokenizer = load_base(name, device, dtype)
+    if not isinstance(model, DynaMoeForCausalLM):
+        raise typer.BadParameter(
+            f"{name!r} is a {type(model).__name__} without nested experts: make them first with "
+            f"`hf-ext dynamoe convert --model {name} --dataset <dataset id or file> --output-dir moe`."
+        )
+    return model, tokenizer
 
 
 @contextmanager
@@ -136,7 +152,7 @@ def suitable_threads(model: Any, threads: int | None = None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """Hub ids as they are, folders by their last part: a page that is passed on shows no paths."""
     return Path(name).resolve().name if Path(name).exists() else name
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,12 +26,17 @@ from hf_ext.cli.compare import (
 from hf_ext.cli.demo_mtp import results_table, verdict
 from hf_ext.cli.demo_options import PROMPTS
 from hf_ext.cli.loading import load_base, load_pair, suitable_threads
+from hf_ext.cli.options import (
+    DATASET_HELP,
+    DatasetConfigOption,
+    DeviceOption,
+    DtypeOption,
+    MaxRowsOption,
+    SplitOption,
+    ThreadsOption,
+)
 from hf_ext.cli.report import Table, rich_table
-from hf_ext.cli.training_text import load_rows, prompts_of
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from hf_ext.cli.training_text import load_rows, prompts_of, split_off
 
 
 ModelOption = Annotated[
@@ -42,9 +47,6 @@ ModelOption = Annotated[
     ),
 ]
 AdapterOption = Annotated[str | None, typer.Option(help="Hub id or folder of the adapter.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, ... By default the accelerator, if any.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default 1 for a tiny model.")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, ... By default as the model was saved.")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,13 +63,11 @@ app = typer.Typer(
 )
 def train(
     model: Annotated[str, typer.Option(help="Hub id or folder of the base model; it stays as it is.")],
-    dataset: Annotated[
-        str, typer.Option(help="Hub id, folder, or file: JSON lines, CSV, Parquet, or text with one row per line.")
-    ],
+    dataset: Annotated[str, typer.Option(help=DATASET_HELP)],
     output_dir: Annotated[Path, typer.Option(help="Where the adapter goes.")] = Path("adapter"),
-    dataset_config: Annotated[str | None, typer.Option(help="Configuration of the dataset.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Take the first so many rows.")] = None,
+    dataset_config: DatasetConfigOption = None,
+    split: SplitOption = "train",
+    max_rows: MaxRowsOption = None,
     on_policy: Annotated[
         bool,
         typer.Option(
@@ -119,7 +119,7 @@ def train(
             output_file=output_dir / "completions.jsonl",
             max_new_tokens=completion_tokens,
         )
-    train_rows, held_out = _split_off(rows, eval_rows, seed)
+    train_rows, held_out = split_off(rows, eval_rows, seed)
     config = GatedLoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", num_masks=num_masks, task_type="CAUSAL_LM"
     )
@@ -159,15 +159,6 @@ def train(
     )
     if push_to_hub is not None:
         console.print(f"Pushed to {trainer.push_to_hub()}")
-
-
-def _split_off(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset | None]:
-    """At most half of the rows are kept apart."""
-    count = min(count, len(rows) // 2)
-    if count == 0:
-        return rows, None
-    parts = rows.train_test_split(test_size=count, seed=seed)
-    return parts["train"], parts["test"]
 
 
 @app.command(epilog='Example: `hf-ext mtp generate --prompt "Once upon a time" --k 4 --strategy linear`')

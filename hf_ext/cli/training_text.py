@@ -57,6 +57,54 @@ def load_rows(name: str, split: str = "train", config: str | None = None, max_ro
     return rows
 
 
+def split_off(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Keeps `count` rows apart, at most half of them."""
+    count = min(count, len(rows) // 2)
+    if count == 0:
+        return rows, None
+    parts = rows.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def token_rows(rows: Dataset, tokenizer: Any, max_length: int, max_tokens: int) -> list[list[int]]:
+    """
+    The tokens of a dataset's rows, whichever of `input_ids`, `text` and `messages` they hold.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            The dataset.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer; conversations need its chat template.
+        max_length (`int`), max_tokens (`int`):
+            The most tokens of a row, and of all.
+
+    Raises:
+        typer.BadParameter: where there is no such column, or no row of two tokens.
+    """
+    column = next((name for name in ("input_ids", "text", "messages") if name in rows.column_names), None)
+    if column is None:
+        raise typer.BadParameter(
+            f"the dataset has none of `text`, `messages` and `input_ids`, only {rows.column_names}."
+        )
+    found: list[list[int]] = []
+    total = 0
+    for value in rows[column]:
+        ids = value
+        if column == "text":
+            ids = tokenizer(value or "")["input_ids"]
+        elif column == "messages":
+            ids = tokenizer.apply_chat_template(value, tokenize=True, return_dict=False)
+        ids = list(ids)[: min(max_length, max_tokens - total)]
+        if len(ids) > 1:
+            found.append(ids)
+            total += len(ids)
+        if total >= max_tokens - 1:
+            break
+    if not found:
+        raise typer.BadParameter("the dataset has no row of two tokens or more.")
+    return found
+
+
 def prompts_of(rows: Dataset, tokenizer: Any, column: str | None = None, num_tokens: int = 32) -> list[list[int]]:
     """
     The prompts that stand in a dataset, as token ids.
