@@ -170,7 +170,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
             if not torch.compiler.is_compiling():  # a graph can't ask for values
                 self._check_serves([checked_sensitivity(value) for value in sensitivity.tolist()])
             return sensitivity[:, None]
-        sensitivity = self.config.sensitivity if sensitivity is None else checked_sensitivity(sensitivity)
+        sensitivity = checked_sensitivity(self.config.sensitivity if sensitivity is None else sensitivity)
         self._check_serves([sensitivity])
         return sensitivity
 
