@@ -1,5 +1,7 @@
 """Labels, choices, their losses, and what is counted of them."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -248,3 +250,12 @@ def test_usage_follows_new_routers():
         spread_routers(moe, seed=3)
         moe(ids, sensitivity=0.5)
     assert not torch.equal(first.shares, moe.expert_usage().shares)
+
+
+def test_usage_counted_in_inference_mode_is_copied():
+    moe = tiny_moe()
+    with torch.inference_mode():
+        moe(random_ids(1, 5), sensitivity=0.5)
+    twin = copy.deepcopy(moe)
+    moe(random_ids(1, 5), sensitivity=0.5)
+    assert twin.expert_usage().num_tokens == 5 and moe.expert_usage().num_tokens == 10

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynamoe.models import SHAPES, random_ids, tiny_model, tiny_moe
 from hf_ext import DynaMoeConfig, DynaMoeForCausalLM, convert_to_dynamoe
+from hf_ext.hub.model_card import dynamoe_model_card
 
 
 def assert_same(loaded, moe, sensitivity=0.5):
@@ -133,3 +134,12 @@ def test_layers_on_the_disk_are_routed_too(shape, tmp_path):
         for options in ({}, {"sensitivity": 0.5}, {"expert_index": 1}):
             expected = moe(ids, **options).logits
             torch.testing.assert_close(loaded(ids, **options).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_card_of_a_classifier_says_what_it_serves():
+    moe = tiny_moe(router_type="classifier")
+    moe.set_sensitivity(0.7)
+    moe.set_sensitivity(1.0)
+    card = dynamoe_model_card(moe, "me/fast", facts={"steps": 5}).text
+    assert "model.set_sensitivity(0.7)  # what its routers were trained for, or 1.0" in card
+    assert "| steps | 5 |" in card and "| sensitivity as saved | 1.0 |" in card
