@@ -123,6 +123,8 @@ class NestedMlp(nn.Module):
         """
         routing, last = self.routing, self.config.num_experts - 1
         expert = routing.given_expert(self.layer, self.config.num_experts)
+        if isinstance(expert, torch.Tensor):
+            expert = expert.to(x.device)
         logits = nearness = hidden = None
         if expert is None or routing.wants_logits:
             logits = self.router(x.detach() if self.config.detach_router_input else x)
