@@ -29,7 +29,10 @@ class DynaMoeConfig(PreTrainedConfig):
         detach_router_input (`bool`, *optional*, defaults to `True`):
             Keeps the router's loss from reaching the model's own weights.
         similarity (`str`, *optional*, defaults to `"projection"`):
-            What nearness is: `"projection"`, the share of the whole MLP's output that an expert has produced, or `"cosine"`.
+            What nearness is: `"projection"`, the share of the whole MLP's output that an expert has produced; `"cosine"`;
+            or `"error"` (not in the paper), by which tokens to which the MLP adds little demand little.
+        output_norms (`list[float]`, *optional*):
+            Typical size of each layer's MLP output, which `"error"` is measured against; conversion finds it.
         sensitivity (`float`, *optional*, defaults to `1.0`):
             Nearness that a token demands, from 0 to 1. 1 is the dense model. For a `"classifier"` it is the one that its labels
             were made with.
@@ -71,7 +74,8 @@ class DynaMoeConfig(PreTrainedConfig):
     router_type: Literal["ordinal", "classifier"] = "ordinal"
     router_hidden_size: int = 256
     detach_router_input: bool = True
-    similarity: Literal["projection", "cosine"] = "projection"
+    similarity: Literal["projection", "cosine", "error"] = "projection"
+    output_norms: list[float] | None = None
     sensitivity: float | int = 1.0
     label_sensitivity: float | int | None = None
     output_router_logits: bool = False

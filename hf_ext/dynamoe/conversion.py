@@ -146,21 +146,22 @@ def convert_to_dynamoe(
     was_training = model.training
     try:
         model.eval()
-        scores = neuron_importance(model, mlps, batches, importance, disable_tqdm)
+        calibration = neuron_importance(model, mlps, batches, importance, disable_tqdm)
         probe = probe_tokens(model, batches)
         before = logits_of(model, probe)
         if importance != "none":
-            for mlp, score in zip(mlps, scores, strict=True):
+            for mlp, score in zip(mlps, calibration.scores, strict=True):
                 reorder_neurons(mlp, score.argsort(descending=True, stable=True))
         difference = float((logits_of(model, probe) - before).abs().max())
     finally:
         model.train(was_training)
 
+    config.output_norms = calibration.output_norms
     moe = DynaMoeForCausalLM(config, model)
     if model.generation_config is not None:
         moe.generation_config = copy.deepcopy(model.generation_config)
     moe.train(was_training)
-    moe.conversion_receipt = receipt_of(moe, model.name_or_path, importance, batches, scores, difference)
+    moe.conversion_receipt = receipt_of(moe, model.name_or_path, importance, batches, calibration.scores, difference)
     return moe
 
 

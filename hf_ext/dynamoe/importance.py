@@ -1,7 +1,8 @@
-"""How much each neuron of each MLP matters, measured on text."""
+"""How much each neuron of each MLP matters and how large its output is, measured on text."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +12,29 @@ from transformers import PreTrainedModel
 from .nested_mlp import projection_names
 
 
+@dataclass
+class Calibration:
+    """
+    What the MLPs did on calibration text, layer by layer.
+
+    Args:
+        scores (`list[torch.Tensor]`):
+            Importance of each neuron, a float64 tensor of shape `(intermediate_size,)` on the CPU.
+        output_norms (`list[float]`, *optional*):
+            Root of the mean squared norm of a token's output; None where nothing was run.
+    """
+
+    scores: list[torch.Tensor]
+    output_norms: list[float] | None
+
+
 def neuron_importance(
     model: PreTrainedModel,
     mlps: list[Any],
     batches: list[dict[str, torch.Tensor]],
     importance: str,
     disable_tqdm: bool = False,
-) -> list[torch.Tensor]:
+) -> Calibration:
     """
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -32,14 +49,15 @@ def neuron_importance(
             Hides the progress bar.
 
     Returns:
-        `list[torch.Tensor]`: for each layer a float64 tensor of shape `(intermediate_size,)` on the CPU.
+        [`Calibration`]
 
     Raises:
         ValueError: for activations that are no numbers.
     """
     downs = [getattr(mlp, projection_names(mlp)[-1]) for mlp in mlps]  # type: ignore[index]
     if importance == "none":
-        return [torch.ones(down.in_features, dtype=torch.float64) for down in downs]
+        return Calibration([torch.ones(down.in_features, dtype=torch.float64) for down in downs], None)
+    squares = [0.0] * len(downs)
     sums = [torch.zeros(down.in_features, dtype=torch.float64) for down in downs]
     real: torch.Tensor = torch.ones(())
     taylor = importance == "taylor"
@@ -49,16 +67,17 @@ def neuron_importance(
         sums[layer] += values.abs()[real.to(values.device).bool()].sum(0).double().cpu()
 
     def watch(layer: int) -> Any:
-        def before_down(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        def behind_down(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             hidden = args[0]
+            squares[layer] += float(output.detach().double().square().sum(-1)[real.to(output.device).bool()].sum())
             if taylor:
                 hidden.register_hook(lambda gradient: add(layer, hidden.detach() * gradient))
             else:
                 add(layer, hidden)
 
-        return before_down
+        return behind_down
 
-    handles = [down.register_forward_pre_hook(watch(layer)) for layer, down in enumerate(downs)]
+    handles = [down.register_forward_hook(watch(layer)) for layer, down in enumerate(downs)]
     # Taylor needs gradients of activations alone: with one input that asks for them, no weight has to.
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -88,4 +107,4 @@ def neuron_importance(
     scores = [total / count for total in sums]
     if importance == "activation_norm":
         scores = [s * d.weight.detach().double().norm(dim=0).cpu() for s, d in zip(scores, downs, strict=True)]
-    return scores
+    return Calibration(scores, [(square / count) ** 0.5 for square in squares])

@@ -228,7 +228,8 @@ class NestedMlp(nn.Module):
         else:
             neurons = torch.arange(hidden.shape[-1], device=hidden.device)
             outputs = [down(hidden * (neurons < width)) for width in self.widths]
-        return similarities(torch.stack(outputs), self.config.similarity)
+        norms = self.config.output_norms
+        return similarities(torch.stack(outputs), self.config.similarity, norms[self.layer] if norms else None)
 
 
 def projection_names(mlp: nn.Module) -> tuple[str, ...] | None:

@@ -12,7 +12,7 @@ from torch import nn
 START = 4.0
 
 
-def similarities(partial_outputs: torch.Tensor, similarity: str) -> torch.Tensor:
+def similarities(partial_outputs: torch.Tensor, similarity: str, output_norm: float | None = None) -> torch.Tensor:
     """
     How near each smaller expert's output comes to the whole MLP's, all from one dense pass (the paper, section 2.2).
 
@@ -20,7 +20,10 @@ def similarities(partial_outputs: torch.Tensor, similarity: str) -> torch.Tensor
         partial_outputs (`torch.Tensor` of shape `(num_experts, ..., hidden_size)`):
             Outputs of all experts in ascending order; the last is the whole MLP's.
         similarity (`str`):
-            `"projection"`: `<f_e, f> / <f, f>`. `"cosine"`: `<f_e, f> / (|f_e| |f|)`.
+            `"projection"`: `<f_e, f> / <f, f>`. `"cosine"`: `<f_e, f> / (|f_e| |f|)`. `"error"`: `1 - |f - f_e|^2 / (|f| s)`
+            with the layer's typical `|f|` for `s`.
+        output_norm (`float`, *optional*):
+            That `s`; by default the token's own `|f|`.
 
     Returns:
         `torch.Tensor` of shape `(..., num_experts - 1)`.
@@ -33,8 +36,11 @@ def similarities(partial_outputs: torch.Tensor, similarity: str) -> torch.Tensor
         nearness = dot / (whole * whole).sum(-1).clamp(min=tiny)
     elif similarity == "cosine":
         nearness = dot / (smaller.norm(dim=-1) * whole.norm(dim=-1)).clamp(min=tiny)
+    elif similarity == "error":
+        norm = whole.norm(dim=-1)
+        nearness = 1 - (whole - smaller).square().sum(-1) / (norm * (output_norm or norm)).clamp(min=tiny)
     else:
-        raise ValueError(f"`similarity` must be 'projection' or 'cosine', got {similarity!r}.")
+        raise ValueError(f"`similarity` must be 'projection', 'cosine' or 'error', got {similarity!r}.")
     return nearness.movedim(0, -1)
 
 

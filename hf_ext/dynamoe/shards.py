@@ -123,7 +123,7 @@ def convert_checkpoint_to_dynamoe(
     source = _Source(moe, files)
     placed = {"device_map": device_map, "max_memory": max_memory}
     if importance == "none":
-        scores = neuron_importance(dense, [mlp.dense for mlp in moe.nested_mlps()], batches, importance)
+        scores = neuron_importance(dense, [mlp.dense for mlp in moe.nested_mlps()], batches, importance).scores
         orders = None
     else:
         with _loaded(model, placed) as running:
@@ -131,7 +131,8 @@ def convert_checkpoint_to_dynamoe(
             before = logits_of(running, probe).cpu()
             mlps = [getattr(parent, name) for parent, name in mlp_places(running, running.config)]
             # Of activations alone: weights are there only while their layer runs.
-            scores = neuron_importance(running, mlps, batches, "activation", disable_tqdm)
+            calibration = neuron_importance(running, mlps, batches, "activation", disable_tqdm)
+        scores, config.output_norms = calibration.scores, calibration.output_norms
         if importance == "activation_norm":
             outputs = [f"{name}.dense.{mlp.output}.weight" for name, mlp in _named_mlps(moe)]
             scores = [s * source.read(o).double().norm(dim=0) for s, o in zip(scores, outputs, strict=True)]

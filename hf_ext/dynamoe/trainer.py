@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn import functional as F
 from trl import SFTTrainer
 
+from hf_ext.hub.model_card import dynamoe_model_card
 from hf_ext.row_generators import row_generator
 
 from .modeling_dynamoe import DynaMoeForCausalLM
@@ -294,6 +298,36 @@ class DynaMoeTrainer(SFTTrainer):
                 losses, outputs = self._losses(model, inputs, sensitivity, None, sensitivity)
                 self._record("eval", inputs, outputs, losses, sensitivity, prefix=f"{value:g}_")
         return losses["lm_loss"].detach(), None, None
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the model's card, with what it was trained on and what it reached, into the output folder."""
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            super().create_model_card(model_name, dataset_name, tags)
+            return
+        if not self.is_world_process_zero():
+            return
+        facts: dict[str, Any] = {
+            "trained with": f"{type(self).__name__}, hf_ext, TRL, transformers",
+            "training text": dataset_name,
+            "steps": self.state.global_step,
+        }
+        last: dict[str, float] = next(
+            (entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}
+        )
+        for value in self._evaluated if last else []:
+            loss, fraction = last[f"eval_{value:g}_lm_loss"], last[f"eval_{value:g}_active_fraction"]
+            facts[f"perplexity on the evaluation set at sensitivity {value:g}"] = (
+                f"{math.exp(loss):.3f} with {fraction:.0%} of the MLPs' neurons"
+            )
+        card = dynamoe_model_card(
+            self.routed,
+            self.args.hub_model_id or model_name or Path(self.args.output_dir).name,
+            facts={name: value for name, value in facts.items() if value},
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+        )
+        card.save(Path(self.args.output_dir) / "README.md")
 
     def evaluation_loop(
         self,

@@ -94,6 +94,6 @@ class DynaMoeTrainingConfig(SFTConfig):
                 "`loss_type`, `label_smoothing_factor` and `use_liger_kernel` have no effect on the losses of routed tokens; "
                 "leave them at their defaults."
             )
-        if self.router_steps and self.ddp_find_unused_parameters is None:
+        if self.router_steps and getattr(self, "ddp_find_unused_parameters", None) is None:
             # While routers train alone, nothing else gets a gradient.
-            self.ddp_find_unused_parameters = True
+            self.ddp_find_unused_parameters: bool | None = True

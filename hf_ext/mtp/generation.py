@@ -13,6 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from hf_ext.hub.model_card import write_unless_written
 
 from .adapter_weights import check_loaded_adapter
+from .checks import check_call, check_positions, num_left_padding
 from .decoding import Emitter, SpeculativeForward
 from .lean_lora import lean_lora
 from .sampler import highest_probability
@@ -197,8 +198,8 @@ class MtpGenerationMixin(GenerationMixin):
             )
         num_masks = self.mtp_head.lora_mask_vectors[adapter].shape[0]
         options = SpeculationOptions.resolve(num_masks, generation_config, call_options)
-        _check_call(input_ids, generation_config, synced_gpus, model_kwargs)
-        _check_positions(self.config.get_text_config(decoder=True), generation_config, num_masks)
+        check_call(input_ids, generation_config, synced_gpus, model_kwargs)
+        check_positions(self.config.get_text_config(decoder=True), generation_config, num_masks)
         emitter = Emitter(
             input_ids,
             logits_processor,
@@ -208,7 +209,7 @@ class MtpGenerationMixin(GenerationMixin):
             keep_logits=bool(generation_config.return_dict_in_generate and generation_config.output_logits),
         )
         forward = SpeculativeForward(
-            self, adapter, model_kwargs["past_key_values"], _num_left_padding(model_kwargs.get("attention_mask"))
+            self, adapter, model_kwargs["past_key_values"], num_left_padding(model_kwargs.get("attention_mask"))
         )
         step_lengths = _speculate(forward, emitter, options, generation_config.prefill_chunk_size)
         if streamer is not None:
@@ -339,68 +340,6 @@ def active_mtp_adapter(model: PreTrainedModel) -> str | None:
     if head is None or head.disable_adapters:
         return None
     return next((name for name in head.active_adapters if name in head.lora_mask_vectors), None)
-
-
-def _check_call(
-    input_ids: torch.Tensor, generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]
-) -> None:
-    """Refuses what would give other output than plain decoding, or none."""
-    plain = "For plain decoding generate inside `with model.disable_adapter():`."
-    if input_ids.shape[0] != 1:
-        raise ValueError(
-            f"Multi-token decoding takes one sequence per call so far, got a batch of {input_ids.shape[0]}. {plain}"
-        )
-    if generation_config.do_sample:
-        raise ValueError(f"Multi-token decoding is greedy so far, got `do_sample=True`. {plain}")
-    if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
-        raise ValueError(
-            "The prompt must be at least one token id: `input_ids` is empty or `inputs_embeds` was given."
-        )
-    if synced_gpus:
-        raise ValueError(f"Multi-token decoding can't run with `synced_gpus=True` (ZeRO-3 or FSDP). {plain}")
-    if model_kwargs.get("past_key_values") is None:
-        raise ValueError(f"Multi-token decoding needs a cache, got `use_cache=False`. {plain}")
-    for name in ("output_attentions", "output_hidden_states"):
-        if generation_config.return_dict_in_generate and getattr(generation_config, name):
-            raise ValueError(f"`{name}=True`: a step has masks and rejected guesses in them. {plain}")
-
-
-def _check_positions(config: Any, generation_config: GenerationConfig, num_masks: int) -> None:
-    """
-    Rope types that stretch with the text rotate the keys of a token by the length of the pass that it is in, so tokens
-    verified together get other states than one by one. Up to the length where they begin to stretch they are exact.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    # One rope for all layers, or one for each type of layer.
-    ropes = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    stretching = [
-        (r.get("original_max_position_embeddings") or config.max_position_embeddings, r["rope_type"])
-        for r in ropes
-        if r.get("rope_type") in ("dynamic", "longrope")
-    ]
-    if not stretching:
-        return
-    limit, kind = min(stretching)
-    if generation_config.max_length + num_masks >= limit:
-        raise ValueError(
-            f"Rope of type '{kind}' changes with the length of the text from position {limit} on, so guesses "
-            f"can't be verified exactly there; prompt, new tokens and masks reach {generation_config.max_length} + "
-            f"{num_masks}. Lower `max_new_tokens`, or generate inside `with model.disable_adapter():`."
-        )
-
-
-def _num_left_padding(attention_mask: torch.Tensor | None) -> int:
-    if attention_mask is None:
-        return 0
-    row = attention_mask[0].bool()
-    num_padding = int((~row).sum())
-    if row[:num_padding].any():
-        raise ValueError(
-            "`attention_mask` has zeros behind the start of the prompt: pad on the left (`tokenizer.padding_side = "
-            "'left'`), since the first new token continues the last position. Where no mask was given, `generate` took "
-            "every padding token for padding: give a mask of ones if that token is part of the text."
-        )
-    return num_padding
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
 from . import layout
+from .checks import check_text_length
 from .decoding import SUPPORTED_ATTENTION, additive_mask, attention_patterns
 from .losses import IGNORE_INDEX, latent_consistency, token_cross_entropy
 
@@ -132,6 +133,7 @@ def two_pass_forward(
             f"Training masks needs an attention that takes any mask; the model uses "
             f"'{model.config._attn_implementation}'. Load it with attn_implementation='sdpa' or 'eager'."
         )
+    check_text_length(model.config.get_text_config(decoder=True), input_ids.shape[1], _num_masks(model, adapter))
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
@@ -158,6 +160,10 @@ def two_pass_forward(
     else:
         chunks = [checkpoint(of_anchors, chunk, use_reentrant=False) for chunk in anchors.split(anchors_per_chunk, 1)]
     return MtpForwardOutput(*(torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)))
+
+
+def _num_masks(model: PreTrainedModel, adapter: str) -> int:
+    return model.mtp_head.lora_mask_vectors[adapter].shape[0]
 
 
 def _mask_pass(

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 from transformers import MistralConfig
 
-from dynamoe.models import SHAPES, WIDTHS, random_ids, spread_routers, tiny_moe, unnested
-from hf_ext import DynaMoeConfig, DynaMoeForCausalLM
+from dynamoe.models import SHAPES, WIDTHS, random_ids, spread_routers, tiny_model, tiny_moe, unnested
+from hf_ext import DynaMoeConfig, DynaMoeForCausalLM, convert_to_dynamoe
 
 
 def watched(moe, ids, **options):
@@ -21,7 +21,7 @@ def watched(moe, ids, **options):
     return inputs, out
 
 
-@pytest.mark.parametrize("similarity", ["projection", "cosine"])
+@pytest.mark.parametrize("similarity", ["projection", "cosine", "error"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_nearness_is_that_of_each_sliced_expert(shape, similarity):
     """The one dense pass by cumulative chunks measures what running every expert would."""
@@ -35,7 +35,36 @@ def test_nearness_is_that_of_each_sliced_expert(shape, similarity):
                 expected = (part * whole).sum(-1) / (whole * whole).sum(-1)
                 if similarity == "cosine":
                     expected = F.cosine_similarity(part, whole, dim=-1)
+                if similarity == "error":
+                    norm = whole.norm(dim=-1)
+                    expected = 1 - (whole - part).square().sum(-1) / (norm * (mlp_norm(moe, mlp) or norm))
                 torch.testing.assert_close(nearness[..., expert], expected, rtol=1e-4, atol=1e-5)
+
+
+def mlp_norm(moe, mlp):
+    """The typical size of the MLP's output, where conversion saw text."""
+    return moe.config.output_norms and moe.config.output_norms[mlp.layer]
+
+
+def test_conversion_measures_the_size_of_outputs():
+    """The root of the mean squared norm over the calibration tokens, padding not counted; saved with the model."""
+    rows = [{"input_ids": row.tolist()} for row in (random_ids(1, 7)[0], random_ids(1, 12, seed=3)[0])]
+    moe = convert_to_dynamoe(tiny_model(), expert_widths=WIDTHS, calibration_dataset=rows, disable_tqdm=True)
+    squares, count = [0.0, 0.0], 0
+    for row in rows:
+        outputs = []
+        handles = [
+            m.dense.register_forward_hook(lambda _, args, out, kept=outputs: kept.append(out))
+            for m in moe.nested_mlps()
+        ]
+        with torch.no_grad():
+            moe(torch.tensor([row["input_ids"]]))
+        for handle in handles:
+            handle.remove()
+        squares = [s + float(out.double().square().sum()) for s, out in zip(squares, outputs, strict=True)]
+        count += len(row["input_ids"])
+    assert moe.config.output_norms == pytest.approx([(s / count) ** 0.5 for s in squares], rel=1e-5)
+    assert DynaMoeConfig.from_dict(moe.config.to_dict()).output_norms == moe.config.output_norms
 
 
 def test_labels_grow_with_the_sensitivity():

@@ -1,5 +1,6 @@
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from hf_ext import GatedLoraConfig, GatedLoraModel, mtp_generate
+from hf_ext.mtp.two_pass import two_pass_forward
 from mtp.models import gated_config, plain, random_prompt, randomise, skilled_model, tiny_model
 
 
@@ -142,6 +144,31 @@ class TestCalls:
         output = model.generate(random_prompt(8), max_new_tokens=19, return_dict_in_generate=True)
         assert output.sequences.tolist() == expected.tolist()
         assert max(output.step_lengths[0]) > 1
+
+    def test_rope_of_each_type_of_layer(self) -> None:
+        """The first limit counts where layers of different types stretch from different lengths on."""
+
+        def longrope(limit: int) -> dict[str, Any]:
+            factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+            rest = {"rope_theta": 10000.0, "original_max_position_embeddings": limit}
+            return {"rope_type": "longrope", **factors, **rest}
+
+        ropes = {"full_attention": longrope(32), "sliding_attention": longrope(24)}
+        model = skilled_model("gemma3", rope_parameters=ropes)
+        with pytest.raises(ValueError, match=r"'longrope' changes .* position 24 "):
+            model.generate(random_prompt(8), max_new_tokens=12)
+        expected = plain(model, random_prompt(8), max_new_tokens=11)
+        assert model.generate(random_prompt(8), max_new_tokens=11).tolist() == expected.tolist()
+
+    def test_training_on_rope_with_two_sets_of_frequencies(self) -> None:
+        """Refused where the masks' pass would rotate by another set than the text's; up to there it trains."""
+        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+        rope = {"rope_type": "longrope", **factors, "original_max_position_embeddings": 32}
+        model = skilled_model("llama", rope_parameters=rope)
+        for length, refused in ((28, False), (29, True)):
+            ids, anchors = random_prompt(length), torch.tensor([[2, 5]])
+            with pytest.raises(ValueError, match=r"Lower `max_length` to 28") if refused else nullcontext():
+                two_pass_forward(model, "default", ids, ids, anchors)
 
     def test_unknown_argument_is_still_refused(self, model: PreTrainedModel) -> None:
         """A misspelt option."""
