@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,18 +24,53 @@ if TYPE_CHECKING:
 
 
 SUPPORTED_ATTENTION = ("sdpa", "eager")
-# Shapes of steps whose masks are kept; each is some tens of rows of the length of the text.
+# Shapes of steps whose masks are kept for a call; each is some tens of rows of the length of the text.
 MOST_PLANS = 128
+# Those whose layouts are kept for all calls; each is some tens of rows of some tens of columns.
+MOST_LAYOUTS = 1024
 
 
-@dataclass
-class _Plan:
-    """What depends on the shape of a step only, made once per shape and used again."""
+@dataclass(frozen=True)
+class _StepLayout:
+    """What depends on the shape of a step only, the same for every text and every call."""
 
     slots: Slots
     position: torch.Tensor
     last_position: int
     logits_to_keep: torch.Tensor
+    within: dict[str | None, torch.Tensor]
+
+
+@functools.lru_cache(maxsize=MOST_LAYOUTS)
+def _step_layout(
+    num_tokens: int,
+    num_guesses: int,
+    num_masks: int,
+    blocks: tuple[int, ...],
+    patterns: tuple[tuple[str | None, int | None], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _StepLayout:
+    # Ordinary tensors, since later calls use them outside of inference mode too.
+    with torch.inference_mode(False):
+        slots = layout.tokens(0, num_tokens, device)
+        slots += layout.masks_behind(torch.tensor(blocks, dtype=torch.long, device=device), num_masks)
+        return _StepLayout(
+            slots=slots,
+            position=slots.position[None],
+            last_position=int(slots.position.max()),
+            logits_to_keep=torch.arange(num_tokens - num_guesses - 1, num_tokens, device=device),
+            within={
+                pattern: additive_mask(layout.visible(slots, slots, window), dtype) for pattern, window in patterns
+            },
+        )
+
+
+@dataclass
+class _Plan:
+    """A step's layout in one call: with the adapter's masks, and as much text before it as the cache may hold."""
+
+    layout: _StepLayout
     mask_embeddings: torch.Tensor
     attention: dict[str | None, torch.Tensor]
     capacity: int
@@ -129,7 +165,7 @@ class SpeculativeForward:
                 attention_mask=self._attention(plan),
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=plan.logits_to_keep,
+                logits_to_keep=plan.layout.logits_to_keep,
             )
         states, self.states = self.states, None
         assert states is not None, "`started` keeps them"
@@ -167,23 +203,21 @@ class SpeculativeForward:
     def _make_plan(
         self, num_tokens: int, num_guesses: int, num_masks: int, blocks: tuple[int, ...], past: int
     ) -> _Plan:
-        device = self.embeddings.weight.device
-        slots = layout.tokens(0, num_tokens, device)
-        slots += layout.masks_behind(torch.tensor(blocks, dtype=torch.long, device=device), num_masks)
+        device, dtype = self.embeddings.weight.device, self.model.dtype
+        patterns = tuple(self.patterns.items())
+        step = _step_layout(num_tokens, num_guesses, num_masks, blocks, patterns, dtype, device)
         capacity = max(2 * past, 256) if past else 0
-        keys = layout.tokens(-capacity, 0, device) + slots
-        return _Plan(
-            slots=slots,
-            position=slots.position[None],
-            last_position=int(slots.position.max()),
-            logits_to_keep=torch.arange(num_tokens - num_guesses - 1, num_tokens, device=device),
-            mask_embeddings=self.head.lora_mask_vectors[self.adapter][:num_masks].repeat(len(blocks), 1)[None],
-            attention={
-                pattern: additive_mask(layout.visible(slots, keys, window), self.model.dtype)[None, None]
-                for pattern, window in self.patterns.items()
-            },
-            capacity=capacity,
-        )
+        attention = {}
+        for pattern, window in patterns:
+            within = step.within[pattern]
+            if window is None:  # everyone sees all of the text before
+                before = within.new_zeros(within.shape[0], capacity)
+            else:
+                seen = layout.visible(step.slots, layout.tokens(-capacity, 0, device), window)
+                before = additive_mask(seen, dtype)
+            attention[pattern] = torch.cat([before, within], dim=-1)[None, None]
+        masks = self.head.lora_mask_vectors[self.adapter][:num_masks].repeat(len(blocks), 1)[None]
+        return _Plan(step, masks, attention, capacity)
 
     def _attention(self, plan: _Plan) -> torch.Tensor | dict[str | None, torch.Tensor]:
         """The last columns of the plan's masks, one for each key that the cache layer will hand to attention."""
@@ -206,15 +240,15 @@ class SpeculativeForward:
 
     def _positions(self, plan: _Plan, past: int) -> torch.Tensor:
         start = past - self.num_padding
-        positions = plan.position + start
+        positions = plan.layout.position + start
         if start < 0:
             # Padding tokens: nobody sees them, but a learned table has to have an entry for them.
             positions = positions.clamp(min=0)
-        if self.max_position is not None and start + plan.last_position >= self.max_position:
+        if self.max_position is not None and start + plan.layout.last_position >= self.max_position:
             # Tokens keep their positions, as in plain decoding. Masks that would stand behind the last position share
             # it: a learned table has no entry there, and dynamic rope would change its frequencies for everyone.
-            limit = max(self.max_position - 1, start + int(plan.slots.block.max()))
-            positions = torch.where(plan.slots.is_mask[None], positions.clamp(max=limit), positions)
+            limit = max(self.max_position - 1, start + int(plan.layout.slots.block.max()))
+            positions = torch.where(plan.layout.slots.is_mask[None], positions.clamp(max=limit), positions)
         return positions
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.generation import BaseStreamer
 
+    from .sampler import MtpHead
+
 
 STRATEGIES = ("quadratic", "linear", "adaptive")
 OPTIONS = ("num_speculative_tokens", "speculation_strategy", "speculation_threshold", "use_sampler")
@@ -61,7 +63,8 @@ class SpeculationOptions:
         speculation_strategy (`str`):
             `"quadratic"`, `"linear"` or `"adaptive"`.
         speculation_threshold (`float`):
-            Least probability that verification ends at a place, for masks to be placed there in adaptive decoding.
+            Least probability, in adaptive decoding, that a guess is right with all before it, for more to be made, and that
+            verification ends at a place, for masks to be placed there.
         use_sampler (`bool`):
             Whether the sampler head makes the guesses, or the output embedding alone.
     """
@@ -124,8 +127,8 @@ class MtpGenerationMixin(GenerationMixin):
             a pass over many positions costs as much as one over a few, as on a large GPU, quadratic is fastest; on a CPU
             the others are.
         speculation_threshold (`float`, *optional*, defaults to `0.25`):
-            Least probability that verification ends at a place, for masks to be placed there in adaptive decoding. 0 is
-            quadratic decoding.
+            What is worth its cost in adaptive decoding: drafting ends with the first guess that is less likely to be right with
+            all before it, and masks stand where verification ends with at least this probability. 0 is quadratic decoding.
         use_sampler (`bool`, *optional*, defaults to `True`):
             Whether the sampler head makes the guesses, or the output embedding alone.
 
@@ -289,7 +292,7 @@ def _speculate(
             num_masks = options.num_speculative_tokens
             if emitter.remaining is not None:
                 num_masks = max(0, min(num_masks, emitter.remaining - 2))
-            places = _places_for_masks(probabilities, options) if num_masks else []
+            places = _places_for_masks(len(guesses), probabilities, options) if num_masks else []
             logits, mask_states = forward(
                 token_ids, len(guesses), num_masks, tuple(num_verified - 1 + place for place in places)
             )
@@ -301,32 +304,52 @@ def _speculate(
 
             token_ids = torch.tensor([emitter.tokens[-1]], device=device)
             guesses, probabilities = [], []
-            if num_accepted in places:
+            room = None if emitter.remaining is None else emitter.remaining - 1
+            if num_accepted in places and room != 0:
                 states = mask_states[places.index(num_accepted)]
-                if options.use_sampler:
-                    drafted, likely = head.draft(adapter, token_ids, states, embeddings, unembed)
-                else:
-                    mask_logits = unembed(states)
-                    drafted, likely = mask_logits.argmax(dim=-1), highest_probability(mask_logits)
-                if emitter.remaining is not None:
-                    drafted = drafted[: emitter.remaining - 1]
-                probabilities = likely[: len(drafted)].cumprod(0).tolist()
+                drafted, probabilities = _draft(head, adapter, token_ids, states[:room], embeddings, unembed, options)
                 guesses = drafted.tolist()
                 token_ids = torch.cat([token_ids, drafted])
     return step_lengths
 
 
-def _places_for_masks(probabilities: list[float], options: SpeculationOptions) -> list[int]:
+def _draft(
+    head: MtpHead,
+    adapter: str,
+    last_token: torch.Tensor,
+    mask_states: torch.Tensor,
+    embeddings: torch.nn.Module,
+    unembed: torch.nn.Module,
+    options: SpeculationOptions,
+) -> tuple[torch.Tensor, list[float]]:
+    """
+    The next guesses, and for adaptive decoding the probability that verification gets past each. There drafting ends where
+    it is not worth its cost; the other strategies have as many guesses as were asked for.
+    """
+    least = options.speculation_threshold if options.speculation_strategy == "adaptive" else 0.0
+    if options.use_sampler:
+        return head.draft(adapter, last_token, mask_states, embeddings, unembed, least)
+    logits = unembed(mask_states)
+    drafted = logits.argmax(dim=-1)
+    if not least:
+        return drafted, []
+    probabilities = highest_probability(logits).cumprod(0).tolist()
+    count = 1 + sum(probability >= least for probability in probabilities)
+    return drafted[:count], probabilities[:count]
+
+
+def _places_for_masks(num_guesses: int, probabilities: list[float], options: SpeculationOptions) -> list[int]:
     """
     The numbers of accepted guesses for which the next step shall find masks: 0 stands for the last verified token.
+    Quadratic decoding has them behind every guess, linear behind the last, adaptive where verification is likely to end.
 
     Verification ends behind `a` guesses with the probability that these are right less the probability that the next one
     is right too.
     """
-    last = len(probabilities)
+    last = num_guesses
     if options.speculation_strategy == "linear":
         return [last]
-    if options.speculation_strategy == "quadratic":
+    if options.speculation_strategy == "quadratic" or not options.speculation_threshold:
         return list(range(last + 1))
     reached = [1.0, *probabilities, 0.0]
     ends = [reached[a] - reached[a + 1] for a in range(last + 1)]

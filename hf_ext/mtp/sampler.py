@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -131,7 +132,8 @@ class MtpHead(nn.Module, BaseTunerLayer):
         mask_states: torch.Tensor,
         embeddings: nn.Module,
         unembed: nn.Module,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        least_probability: float = 0.0,
+    ) -> tuple[torch.Tensor, list[float]]:
         """
         Guesses the successors of a token greedily, each guess fed to the next.
 
@@ -146,9 +148,12 @@ class MtpHead(nn.Module, BaseTunerLayer):
                 The base model's input embedding.
             unembed (`nn.Module`):
                 The base model's output embedding.
+            least_probability (`float`, *optional*, defaults to `0.0`):
+                Ends with the first guess that is less likely to be reached and right; 0 makes all of them.
 
         Returns:
-            `tuple`: the guesses and the probability that the sampler gives each, both of shape `(num_guesses,)`.
+            `tuple`: the guesses, of shape `(num_guesses,)` or shorter, and for each the probability by the sampler that it and
+            all before it are right; no probabilities where none was asked for.
         """
         first: Any = self.lora_sampler_in[name]
         second: Any = self.lora_sampler_out[name]
@@ -159,17 +164,22 @@ class MtpHead(nn.Module, BaseTunerLayer):
         of_embedding, of_mask = first.weight[:, : self.hidden_size].t(), first.weight[:, self.hidden_size :]
         from_masks = nn.functional.linear(mask_states.to(dtype), of_mask, first.bias)
         # [`sample_states`] spelled out in functions: on a small model calling modules costs as much as computing.
-        token, guesses, logits = last_token, [], []
+        token, guesses, probabilities, reached = last_token, [], [], 1.0
         for from_mask, mask_state in zip(from_masks.split(1), mask_states.split(1), strict=True):
             hidden = nn.functional.silu(torch.addmm(from_mask, embeddings(token).to(dtype), of_embedding))
             hidden = torch.layer_norm(hidden, size, first_norm.weight, first_norm.bias, first_norm.eps)
             hidden = nn.functional.silu(nn.functional.linear(hidden, second.weight, second.bias))
             hidden = torch.layer_norm(hidden, size, second_norm.weight, second_norm.bias, second_norm.eps)
             hidden = hidden.to(mask_state.dtype)
-            logits.append(unembed(hidden + mask_state if residual else hidden))
-            token = logits[-1].argmax(dim=-1)
+            logits = unembed(hidden + mask_state if residual else hidden)
+            highest, token = logits.max(dim=-1)
             guesses.append(token)
-        return torch.cat(guesses), highest_probability(torch.cat(logits))
+            if least_probability:
+                reached *= math.exp(highest.item() - logits.logsumexp(dim=-1).item())
+                probabilities.append(reached)
+                if reached < least_probability:
+                    break
+        return torch.cat(guesses), probabilities
 
     # PEFT asks these of every tuner layer; there is no base layer here to answer for us.
     @property
