@@ -17,7 +17,8 @@ IGNORE_INDEX = -100
 class ChosenOtherwiseTrainer(DynaMoeTrainer):
     """
     Next-token loss and distillation as in [`DynaMoeTrainer`], but no routers: `choice` is `"fixed"` (the smallest expert for
-    every token), `"random"` (experts of all shares, drawn anew for each token and layer) or `"dense"`.
+    every token), `"elastic"` (one expert for every token of a row, drawn for each row, so that one model serves all widths),
+    `"random"` (experts of all shares, drawn anew for each token and layer) or `"dense"`.
     """
 
     choice = "fixed"
@@ -44,6 +45,9 @@ class ChosenOtherwiseTrainer(DynaMoeTrainer):
         if self.choice == "fixed":
             return {"expert_index": 0}
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+        if self.choice == "elastic":
+            expert = torch.randint(len(self.routed.config.expert_widths), (ids.shape[0], 1), generator=generator)
+            return {"expert_index": expert.expand_as(ids)}
         # A share for each row, as routers in training draw a sensitivity for each row.
         share = torch.rand(ids.shape[0], generator=generator)
         return {"expert_index": random_experts(self.routed, ids, share, generator)}

@@ -6,7 +6,7 @@ fine-tuned, all trained on the same tokens with the same losses.
 
 The text is the model's own (temperature 0.8), made once beside the results and not committed. `routed` is one fine-tune for
 all sensitivities; `routed 0.66` is one for that sensitivity alone, as in the paper's table; `fixed 0.5` is an MLP cut to half
-its neurons; `random` sends tokens to experts without regard to them, at all shares. Every run is a row that is written as it
+its neurons, and `elastic` one fine-tune for all widths without routers; `random` sends tokens to experts without regard to them, at all shares. Every run is a row that is written as it
 ends; a second call does only what is missing, and runs of different `--seeds` may go side by side.
 """
 
@@ -46,10 +46,10 @@ class Arguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each contender."})
     only: list[str] | None = field(default=None, metadata={"help": "Contenders to run, such as 'fixed 0.5'."})
     sensitivities: list[float] = field(
-        default_factory=lambda: [0.68, 0.8], metadata={"help": "Trained for alone, beside the one for all."}
+        default_factory=lambda: [0.72, 0.88], metadata={"help": "Trained for alone, beside the one for all."}
     )
     fixed_shares: list[float] = field(
-        default_factory=lambda: [0.4, 0.5, 0.75], metadata={"help": "Shares of the MLP that fixed experts have."}
+        default_factory=lambda: [0.5, 0.75], metadata={"help": "Shares of the MLP that fixed experts have."}
     )
     similarity: str = field(default="error", metadata={"help": "See DynaMoeConfig."})
     router_hidden_size: int = field(default=64, metadata={"help": "Width of the routers' hidden layer."})
@@ -86,7 +86,11 @@ def convert(args: Arguments, rows: list[list[int]], share: float | None) -> Any:
     """The dense model nested; for a fixed expert with two widths only."""
     dense, _ = load_base(args.model)
     width = dense.config.intermediate_size
-    widths = [round(width * e / args.num_experts) for e in range(1, args.num_experts + 1)] if share is None else [round(share * width), width]
+    widths = (
+        [round(width * e / args.num_experts) for e in range(1, args.num_experts + 1)]
+        if share is None
+        else [round(share * width), width]
+    )
     return convert_to_dynamoe(
         dense,
         expert_widths=widths,
@@ -145,6 +149,9 @@ def measured(moe: Any, contender: str, test: list[list[int]]) -> list[dict[str, 
         points = [(s, perplexity(moe, test, sensitivity=s)) for s in SENSITIVITIES]
     elif kind == "random":
         points = [(s, perplexity(moe, test, random_share=s)) for s in (*SHARES, 1.0)]
+    elif kind == "elastic":
+        widths = moe.config.expert_widths
+        points = [(w / widths[-1], perplexity(moe, test, expert_index=e)) for e, w in enumerate(widths)]
     elif kind == "fixed":
         points = [(float(contender.split(" ")[1]), perplexity(moe, test, expert_index=0))]
     else:
@@ -244,8 +251,8 @@ def main(args: Arguments) -> None:
     test = texts(args, folder, dense, tokenizer, args.num_test_texts, 11)
     dense_before = perplexity(convert(args, train_rows, None), test, sensitivity=1.0)[0]
 
-    contenders = ["routed", *(f"routed {s:g}" for s in args.sensitivities), "random", "dense"]
-    contenders += [f"fixed {share:g}" for share in args.fixed_shares]
+    contenders = ["routed", *(f"routed {s:g}" for s in args.sensitivities), "elastic", "random"]
+    contenders += [*(f"fixed {share:g}" for share in args.fixed_shares), "dense"]
     for seed in args.seeds:
         for contender in contenders if args.only is None else args.only:
             if any((r["contender"], r["seed"]) == (contender, seed) for r in _rows(folder / f"{name}.json")):
