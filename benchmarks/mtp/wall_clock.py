@@ -44,7 +44,8 @@ class Arguments:
         default=None, metadata={"help": "Folder or Hub id of a model with the same vocabulary, or `tiny-lm`."}
     )
     ks: list[int] = field(default_factory=lambda: [2, 4, 8], metadata={"help": "Numbers of guesses."})
-    num_prompts: int = field(default=16, metadata={"help": "Prompts, from the set `samples`."})
+    prompt_set: str = field(default="samples", metadata={"help": "The set of prompts: `samples` or `short`."})
+    num_prompts: int = field(default=16, metadata={"help": "Prompts of that set."})
     max_new_tokens: int = field(default=200, metadata={"help": "New tokens per prompt."})
     rounds: int = field(default=3, metadata={"help": "Rounds over all prompts; the spread is between them."})
     repeats: int = field(default=2, metadata={"help": "Timed runs per prompt and round; their median counts."})
@@ -291,7 +292,11 @@ def main(args: Arguments) -> None:
         if model is not None:
             model.generation_config.eos_token_id = None
     ks = args.ks = [k for k in args.ks if k <= adapted.active_peft_config.num_masks]
-    prompts = prompt_sets(base, tokenizer, args.num_prompts, 0)["samples"]
+    counts = {"samples": 0, "short": 0}
+    if args.prompt_set not in counts:
+        raise ValueError(f"`prompt_set` must be one of {', '.join(counts)}, got '{args.prompt_set}'.")
+    counts[args.prompt_set] = args.num_prompts
+    prompts = prompt_sets(base, tokenizer, counts["samples"], counts["short"])[args.prompt_set]
     passes = floor(base, args)
     pieces = {(s, k): taken_to_pieces(base, adapted, s, k, args) for s in ("linear", "quadratic") for k in ks}
     rows, step_ms = compared(base, adapted, tokenizer, prompts, draft, args)
@@ -319,7 +324,7 @@ def main(args: Arguments) -> None:
             ]
             for row in rows
         ],
-        f"Median (least to most) of {args.rounds} rounds over {len(prompts)} prompts of 64 tokens, {args.max_new_tokens} new "
+        f"Median (least to most) of {args.rounds} rounds over {len(prompts)} prompts of the set `{args.prompt_set}`, {args.max_new_tokens} new "
         f"tokens each; within a round the median of {args.repeats} runs per prompt. Steps are passes of the target model. "
         "The paper gives no wall-clock; an independent replication of it at 8 guesses saw 1.4x (1.7B) and 1.6x (4B).",
     )
@@ -378,7 +383,7 @@ def main(args: Arguments) -> None:
         "pieces_ms": [{"strategy": s, "k": k, **own} for (s, k), own in pieces.items()],
         "passes_ms": passes,
     }
-    name = f"wall_clock_{last_part(args.model)}"
+    name = f"wall_clock_{last_part(args.model)}" + ("" if args.prompt_set == "samples" else f"_{args.prompt_set}")
     title = f"Wall-clock of {last_part(args.model)}"
     write(name, title, [main_table, piece_table, pass_table], data, base, args.results_dir, lead)
 
