@@ -39,7 +39,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 
 setup: $(VENV)/.dev  ## Create .venv with the package, every extra and the development tools (once).
 
-demo: $(VENV)/.demo  ## Speed up a language model and show that its output is unchanged (offline, CPU, minutes).
+demo: $(VENV)/.demo  ## Speed up a language model and make its compute follow difficulty (offline, CPU, minutes).
 	$(BIN)/hf-ext demo $(DEMO_ARGS)
 
 test: check  ## Run the checks and all tests, as CI does; PYTEST_ARGS='-k layout' selects.
@@ -70,6 +70,8 @@ bench: $(VENV)/.dev  ## Measure what benchmarks/README.md lists; MODEL=... ADAPT
 	$(BENCH)/wall_clock.py --model $(MODEL) --adapter $(ADAPTER) --draft_model tiny-lm $(BENCH_ARGS)
 	$(BENCH)/training_step.py
 	$(BENCH)/ablations.py --model $(MODEL) --training_text $(ADAPTER) --steps $(STEPS)
+	$(BIN)/python -m benchmarks.dynamoe.speed
+	$(BIN)/python -m benchmarks.dynamoe.tradeoff --model $(MODEL)
 
 clean:  ## Remove the environment and what was built.
 	rm -rf $(VENV) $(VENV_TORCHAUDIO) build dist .pytest_cache .mypy_cache .ruff_cache
