@@ -21,7 +21,9 @@ class _Door(NamedTuple):
 
 
 _DOORS = {
-    "demo": _Door("hf_ext.cli.demo", "demo", "Speed up a language model and show that its output is unchanged."),
+    "demo": _Door(
+        "hf_ext.cli.demo", "demo", "See it at work: the same text in fewer steps, and compute by difficulty."
+    ),
     "mtp": _Door("hf_ext.cli.mtp", "app", "Multi-token prediction: train an adapter, generate with it, measure it."),
     "dynamoe": _Door("hf_ext.cli.dynamoe", "app", "Nested experts: convert a dense model, train, evaluate, time it."),
     "env": _Door("hf_ext.cli.env", "env", "Print versions and hardware, to paste into an issue."),

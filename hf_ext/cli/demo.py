@@ -11,13 +11,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from hf_ext.cli.demo_dynamoe import nested_experts_section
 from hf_ext.cli.demo_mtp import multi_token_section
 from hf_ext.cli.demo_options import PROMPTS, DemoOptions
+from hf_ext.cli.options import DeviceOption, DtypeOption, ThreadsOption
 from hf_ext.cli.report import Section, print_section, render_page
 
 
-# One function per family of methods. Each returns its section and the machine that its times were taken on.
-SECTIONS: dict[str, Callable[[DemoOptions, Console], tuple[Section, dict[str, str]]]] = {"mtp": multi_token_section}
+# One function per family of methods. Each returns its section and the machine that its times were taken on, or None where it
+# can't show anything of this model.
+SECTIONS: dict[str, Callable[[DemoOptions, Console], tuple[Section, dict[str, str]] | None]] = {
+    "mtp": multi_token_section,
+    "dynamoe": nested_experts_section,
+}
 
 
 def demo(
@@ -39,14 +45,18 @@ def demo(
         int | None, typer.Option(help="Tokens to guess ahead. By default as many as the adapter can.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median counts.")] = 3,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... By default the accelerator, if any.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ... By default as the model was saved.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default 1 for a tiny model.")] = None,
+    training_steps: Annotated[
+        int, typer.Option(min=0, help="Steps that nested experts are trained for; 0 leaves them out.")
+    ] = 120,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
     output_dir: Annotated[Path, typer.Option(help="Where the page, the pictures and the figures go.")] = Path("demo"),
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
 ) -> None:
     """
-    Speed up a language model, show that its output is unchanged, and write a page to look at.
+    Speed up a language model with its output unchanged, make it spend compute where text is difficult, and write a page to
+    look at.
 
     Example: `hf-ext demo`, or `hf-ext demo --model my-org/model --adapter my-org/model-mtp --prompt "def main("`
     """
@@ -63,6 +73,7 @@ def demo(
         device,
         dtype,
         threads,
+        training_steps,
     )
     run(options, output_dir, open_page, draw, Console())
 
@@ -79,7 +90,10 @@ def run(
     sections: list[Section] = []
     machine: dict[str, str] = {}
     for make in SECTIONS.values():
-        section, machine = make(options, console)
+        made = make(options, console)
+        if made is None:
+            continue
+        section, machine = made
         print_section(section, console)
         draw(section, output_dir / f"{section.name}.png")
         sections.append(section)

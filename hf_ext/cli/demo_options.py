@@ -33,3 +33,4 @@ class DemoOptions:
     device: str | None = None
     dtype: str = "auto"
     threads: int | None = None
+    training_steps: int = 120

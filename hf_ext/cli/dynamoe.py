@@ -49,6 +49,7 @@ class Similarity(StrEnum):
 
     projection = "projection"
     cosine = "cosine"
+    error = "error"
 
 
 app = typer.Typer(

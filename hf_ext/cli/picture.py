@@ -177,7 +177,7 @@ def _draw_text(axes: Axes, block: Steps | Shades, rows: Sequence[Sequence[_Chara
             axes.text(
                 x + 0.5,
                 y + 0.5,
-                character,
+                character if character.isprintable() else "·",
                 family="monospace",
                 fontsize=_FONT_SIZE,
                 color=_SOFT if step < 0 else _INK,

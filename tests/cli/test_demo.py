@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hf_ext.cli import app
+from hf_ext.cli import app, demo_dynamoe
 from hf_ext.cli.compare import MethodResult
 from hf_ext.cli.demo import SECTIONS, run
 from hf_ext.cli.demo_mtp import COLUMNS, results_table, verdict
@@ -24,6 +24,7 @@ def small(base_folder, adapter_folder, tmp_path):
     return (
         *("--model", base_folder, "--adapter", adapter_folder, "--device", "cpu"),
         *("--num-prompts", 2, "--max-new-tokens", 10, "--repeats", 1, "--output-dir", tmp_path / "demo"),
+        *("--training-steps", 0),
     )
 
 
@@ -100,6 +101,46 @@ class TestCommand:
         assert [address.rsplit("/", 1)[1] for address in opened] == ["index.html"]
 
 
+class TestNestedExperts:
+    @pytest.fixture(autouse=True)
+    def _fast(self, monkeypatch):
+        pytest.importorskip("matplotlib")
+        pytest.importorskip("trl")
+        monkeypatch.setattr(demo_dynamoe, "_WIDE", (64, 128, 1))
+        monkeypatch.setattr(demo_dynamoe, "_NUM_TEST", 4)
+
+    def test_a_model_is_converted_trained_and_shown(self, small, tmp_path):
+        outcome = invoke(*small, "--training-steps", 4)
+        assert outcome.exit_code == 0, outcome.output
+        for word in ("θ = 0.3", "θ = 1", "expert 3 for all", "untrained", "(4 steps)", "before it learned"):
+            assert word in " ".join(outcome.stdout.split())
+        assert (tmp_path / "demo" / "dynamoe.png").read_bytes().startswith(b"\x89PNG")
+        page = (tmp_path / "demo" / "index.html").read_text()
+        assert page.count('class="shade"') == 128
+        figures = json.loads((tmp_path / "demo" / "results.json").read_text())["dynamoe"]
+        dense, untrained = (
+            next(own for own in figures[name] if own["active_fraction"] == 1) for name in ("budgets", "untrained")
+        )
+        # The weights were trained too, not the routers alone.
+        assert dense["perplexity"] != untrained["perplexity"]
+        for own, cut in zip(figures["budgets"], figures["untrained"], strict=True):
+            assert cut["active_fraction"] >= own["active_fraction"] - 1e-6
+        assert [timing["decode_fraction"] for timing in figures["wide"][:5]] == [1, 1, 0.75, 0.5, 0.25]
+
+    @pytest.mark.parametrize(
+        ("name", "value", "reason"),
+        [("_MOST_PARAMETERS", 10, "too large to be trained"), ("_NUM_EXPERTS", 1, "at least two integers")],
+    )
+    def test_it_is_left_out_with_a_note(self, small, tmp_path, monkeypatch, name, value, reason):
+        monkeypatch.setattr(demo_dynamoe, name, value)
+        outcome = invoke(*small, "--training-steps", 1)
+        assert outcome.exit_code == 0, outcome.output
+        assert "Nested experts are left out" in outcome.stdout
+        assert reason in outcome.stdout
+        assert not (tmp_path / "demo" / "dynamoe.png").exists()
+        assert (tmp_path / "demo" / "mtp.png").exists()
+
+
 class TestErrors:
     def says(self, outcome, *words):
         assert outcome.exit_code == 2, outcome.output
@@ -138,6 +179,7 @@ class TestSections:
             return lambda options, console: (Section(name, name.title(), [], [], {"x": 1}), {"device": "cpu"})
 
         monkeypatch.setitem(SECTIONS, "mtp", make("mtp"))
+        monkeypatch.setitem(SECTIONS, "dynamoe", lambda options, console: None)
         monkeypatch.setitem(SECTIONS, "second", make("second"))
         drawn = []
         page = run(DemoOptions(), tmp_path, False, lambda section, path: drawn.append(path.name), Console(quiet=True))
