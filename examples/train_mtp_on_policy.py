@@ -35,6 +35,10 @@ class RecipeArguments:
     generation_batch_size: int = field(default=256, metadata={"help": "Texts that are written at a time."})
     num_masks: int = field(default=8, metadata={"help": "Masks, the most tokens guessed ahead."})
     rank: int = field(default=16, metadata={"help": "Rank of the gated LoRA."})
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Layers that have one; by default all linear ones. A tiny model decodes faster with fewer."},
+    )
 
 
 @dataclass
@@ -104,7 +108,12 @@ def main(recipe: RecipeArguments, args: StoryMtpArguments):
         train_dataset=texts["train"],
         eval_dataset=texts["test"],
         processing_class=tokenizer,
-        peft_config=GatedLoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, num_masks=recipe.num_masks),
+        peft_config=GatedLoraConfig(
+            r=recipe.rank,
+            lora_alpha=2 * recipe.rank,
+            num_masks=recipe.num_masks,
+            **({} if recipe.target_modules is None else {"target_modules": recipe.target_modules}),
+        ),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
