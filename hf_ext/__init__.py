@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hf_ext.kws.modeling_slick import SlickForKeywordSpotting
     from hf_ext.kws.processing_kws import KwsProcessor
     from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
+    from hf_ext.kws.training.mining import PhoneticIndex, confusable_phonemes, phonetic_distance
     from hf_ext.mtp.configuration import GatedLoraConfig
     from hf_ext.mtp.gated_lora import GatedLoraModel
     from hf_ext.mtp.generation import MtpGenerateOutput, MtpGenerationMixin, mtp_generate
@@ -52,12 +53,15 @@ __all__ = [
     "MtpGenerationMixin",
     "MtpTrainer",
     "PhonemeTokenizer",
+    "PhoneticIndex",
     "SlickConfig",
     "SlickForKeywordSpotting",
+    "confusable_phonemes",
     "convert_checkpoint_to_dynamoe",
     "convert_to_dynamoe",
     "generate_completions",
     "mtp_generate",
+    "phonetic_distance",
     "shipped_model",
 ]
 
@@ -77,12 +81,15 @@ _MODULE_OF_NAME = {
     "MtpGenerationMixin": "hf_ext.mtp.generation",
     "MtpTrainer": "hf_ext.mtp.trainer",
     "PhonemeTokenizer": "hf_ext.kws.tokenization_phoneme",
+    "PhoneticIndex": "hf_ext.kws.training.mining",
     "SlickConfig": "hf_ext.kws.configuration_slick",
     "SlickForKeywordSpotting": "hf_ext.kws.modeling_slick",
+    "confusable_phonemes": "hf_ext.kws.training.mining",
     "convert_checkpoint_to_dynamoe": "hf_ext.dynamoe.shards",
     "convert_to_dynamoe": "hf_ext.dynamoe.conversion",
     "generate_completions": "hf_ext.mtp.on_policy",
     "mtp_generate": "hf_ext.mtp.generation",
+    "phonetic_distance": "hf_ext.kws.training.mining",
     "shipped_model": "hf_ext.assets",
 }
 
