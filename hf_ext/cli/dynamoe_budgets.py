@@ -170,8 +170,7 @@ def _counted(
         experts = outputs.expert_index[:, mask]
         taken = taken + _counts(experts, config.num_experts)
         if measures:
-            # The label: the first expert that is near enough, else the last.
-            wanted = (outputs.nearness < sensitivity).cumprod(-1).sum(-1)[:, mask]
+            wanted = moe.labels(outputs.nearness, sensitivity)[:, mask]
             confusion = confusion + _counts(wanted * config.num_experts + experts, config.num_experts**2)
     shares = taken / num_tokens
     widths = torch.tensor(config.expert_widths) / config.expert_widths[-1]

@@ -17,7 +17,7 @@ from .generation_dynamoe import DynaMoeGenerationMixin
 from .loading import refuse_other_weights
 from .nested_mlp import NestedMlp, Routing, nest_mlps
 from .outputs import DynaMoeCausalLMOutputWithPast, ExpertUsage
-from .routing import check_expert_index, chosen_experts, router_loss
+from .routing import check_expert_index, chosen_experts, router_loss, smallest_sufficient
 
 
 class DynaMoePreTrainedModel(PreTrainedModel):
@@ -324,6 +324,21 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         """
         sensitivity = self.config.sensitivity if sensitivity is None else sensitivity
         return chosen_experts(router_logits, self.config.router_type, sensitivity)
+
+    def labels(self, nearness: torch.Tensor, sensitivity: float | torch.Tensor) -> torch.Tensor:
+        """
+        The difficulty labels of tokens: the smallest expert that is near enough.
+
+        Args:
+            nearness (`torch.Tensor` of shape `(..., num_experts - 1)`):
+                The `nearness` of a call.
+            sensitivity (`float` or `torch.Tensor` that broadcasts to `(...)`):
+                Nearness demanded; 1 is met by the whole MLP alone.
+
+        Returns:
+            `torch.LongTensor` of shape `(...)`.
+        """
+        return smallest_sufficient(nearness, sensitivity)
 
     def count_active_parameters(self, expert_index: torch.Tensor) -> torch.Tensor:
         """
