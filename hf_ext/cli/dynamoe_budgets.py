@@ -170,7 +170,7 @@ def _counted(
         experts = outputs.expert_index[:, mask]
         taken = taken + _counts(experts, config.num_experts)
         if measures:
-            wanted = moe.labels(outputs.nearness, sensitivity)[:, mask]
+            wanted = model.labels(outputs.nearness, sensitivity)[:, mask]
             confusion = confusion + _counts(wanted * config.num_experts + experts, config.num_experts**2)
     shares = taken / num_tokens
     widths = torch.tensor(config.expert_widths) / config.expert_widths[-1]
