@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_ext.kws.processing_kws import KwsProcessor
     from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
     from hf_ext.kws.training.mining import PhoneticIndex, confusable_phonemes, phonetic_distance
+    from hf_ext.kws.training.synthesis import synthesize_phrases
     from hf_ext.mtp.configuration import GatedLoraConfig
     from hf_ext.mtp.gated_lora import GatedLoraModel
     from hf_ext.mtp.generation import MtpGenerateOutput, MtpGenerationMixin, mtp_generate
@@ -63,6 +64,7 @@ __all__ = [
     "mtp_generate",
     "phonetic_distance",
     "shipped_model",
+    "synthesize_phrases",
 ]
 
 _MODULE_OF_NAME = {
@@ -91,6 +93,7 @@ _MODULE_OF_NAME = {
     "mtp_generate": "hf_ext.mtp.generation",
     "phonetic_distance": "hf_ext.kws.training.mining",
     "shipped_model": "hf_ext.assets",
+    "synthesize_phrases": "hf_ext.kws.training.synthesis",
 }
 
 

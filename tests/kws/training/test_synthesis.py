@@ -1,0 +1,139 @@
+"""Word lists become folders of spoken clips."""
+
+import csv
+
+import numpy as np
+import pytest
+import soundfile
+
+from hf_ext.kws.training import synthesis
+from hf_ext.kws.training.synthesis import ENGINES, SpokenClip, installed_engines, plan_clips, synthesize_phrases
+
+
+def needs(engine):
+    program, package = ENGINES[engine]
+    return pytest.mark.skipif(
+        engine not in installed_engines(), reason=f"{program} is not installed: apt-get install -y {package}"
+    )
+
+
+needs_any = pytest.mark.skipif(
+    not installed_engines(), reason="no speech synthesiser is installed: apt-get install -y espeak-ng flite festival"
+)
+
+
+def rows_of(folder):
+    with (folder / "metadata.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@needs_any
+def test_folder_has_every_clip_and_datasets_reads_it(tmp_path):
+    folder = synthesize_phrases(
+        ["hey computer", "lights, on"], tmp_path / "clips", clips_per_phrase=3, num_proc=2, disable_tqdm=True
+    )
+    rows = rows_of(folder)
+    assert sorted(row["text"] for row in rows) == ["hey computer"] * 3 + ["lights, on"] * 3
+    for row in rows:
+        samples, rate = soundfile.read(folder / row["file_name"])
+        assert rate == 16000 and samples.ndim == 1 and np.abs(samples).max() > 0.05
+        assert len(samples) / rate == pytest.approx(float(row["duration_s"]), abs=1e-3)
+    assert not list(folder.rglob("*.partial"))
+
+    datasets = pytest.importorskip("datasets")
+    # The `audiofolder` loader of `datasets` itself asks for torchcodec, even for audio that stays undecoded.
+    loaded = datasets.load_dataset(
+        "csv", data_files=str(folder / "metadata.csv"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    loaded = loaded.map(lambda row: {"audio": str(folder / row["file_name"])}, keep_in_memory=True)
+    loaded = loaded.cast_column("audio", datasets.Audio(decode=False))
+    assert len(loaded) == 6
+    assert soundfile.info(loaded[0]["audio"]["path"]).samplerate == 16000
+
+
+@pytest.mark.parametrize("engine", [pytest.param(engine, marks=needs(engine)) for engine in ENGINES])
+def test_speed_and_pitch_reach_each_engine(engine, tmp_path):
+    voice = {"espeak-ng": "en-us+f3", "flite": "slt", "festival": "kal_diphone"}[engine]
+    clips = {}
+    for speed, pitch in [(0.75, 1.0), (1.3, 1.0), (0.75, 1.3)]:
+        clip = SpokenClip("hey computer", engine, voice, speed, pitch)
+        synthesis._speak(clip, tmp_path, 16000)
+        clips[speed, pitch], _ = soundfile.read(tmp_path / clip.file_name)
+    slow, fast, high = clips.values()
+    assert len(fast) < 0.85 * len(slow)
+    length = min(len(slow), len(high))
+    assert not np.allclose(slow[:length], high[:length], atol=1e-3)
+
+
+@needs("espeak-ng")
+def test_phonemes_in_braces_are_spoken_as_such(tmp_path):
+    made = [
+        synthesize_phrases([text], tmp_path / str(i), engines=["espeak-ng"], clips_per_phrase=1, disable_tqdm=True)
+        for i, text in enumerate(["{HH EY1} computer", "{B AA1 B AA1 B AA1 B AA1} computer"])
+    ]
+    assert all(len(rows_of(folder)) == 1 for folder in made)
+    clip = SpokenClip("{HH EY1} you", "espeak-ng", "en-us+f1", 1.0, 1.0)
+    assert synthesis._command(clip, "x.wav")[1] == " [[h'eI]]  you"
+
+
+@needs_any
+def test_interrupted_run_goes_on_and_a_folder_grows(tmp_path, monkeypatch):
+    spoken = []
+    speak = synthesis._speak
+
+    def failing(clip, folder, rate):
+        if len(spoken) == 2:
+            raise RuntimeError("power cut")
+        speak(clip, folder, rate)
+        spoken.append(clip)
+
+    settings = {"clips_per_phrase": 2, "engines": installed_engines()[:1], "disable_tqdm": True}
+    monkeypatch.setattr(synthesis, "_speak", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        synthesize_phrases(["one", "two"], tmp_path, **settings)
+    monkeypatch.setattr(synthesis, "_speak", lambda *arguments: (spoken.append(arguments[0]), speak(*arguments)))
+    synthesize_phrases(["one", "two"], tmp_path, **settings)
+    assert len(spoken) == len(set(spoken)) == 4
+    synthesize_phrases(["three"], tmp_path, **settings)
+    with pytest.raises(ValueError, match="has clips of 16000 Hz"):
+        synthesize_phrases(["three"], tmp_path, sampling_rate=8000, **settings)
+    assert sorted(row["text"] for row in rows_of(tmp_path)) == ["one", "one", "three", "three", "two", "two"]
+
+
+def test_plan_is_seeded_and_varied(monkeypatch):
+    monkeypatch.setattr(synthesis, "installed_engines", lambda: ["espeak-ng", "flite"])
+    plan = plan_clips(["yes", "no"], clips_per_phrase=30)
+    assert plan == plan_clips(["yes", "no"], clips_per_phrase=30)
+    assert plan != plan_clips(["yes", "no"], clips_per_phrase=30, seed=1)
+    # What else is in the list changes nothing.
+    assert plan[30:] == plan_clips(["no"], clips_per_phrase=30)
+    assert {clip.engine for clip in plan} == {"espeak-ng", "flite"}
+    assert len({clip.voice for clip in plan}) > 15
+    assert all(0.75 <= clip.speed <= 1.35 and 0.75 <= clip.pitch <= 1.35 for clip in plan)
+
+
+def test_missing_engine_names_its_package(monkeypatch):
+    monkeypatch.setattr(synthesis, "installed_engines", lambda: ["flite"])
+    with pytest.raises(FileNotFoundError, match="apt-get install -y festival festvox-kallpc16k"):
+        plan_clips(["yes"], engines=["flite", "festival"])
+    monkeypatch.setattr(synthesis, "installed_engines", lambda: [])
+    with pytest.raises(FileNotFoundError, match="espeak-ng or flite or festival"):
+        plan_clips(["yes"])
+
+
+def test_bad_input_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(synthesis, "installed_engines", lambda: ["flite"])
+    with pytest.raises(ValueError, match="`phrases` is empty"):
+        plan_clips([])
+    with pytest.raises(ValueError, match="`engines` has"):
+        plan_clips(["yes"], engines=["sam"])
+    with pytest.raises(ValueError, match="`speeds` must be a range"):
+        plan_clips(["yes"], speeds=(0.1, 1.0))
+    with pytest.raises(ValueError, match="espeak-ng alone"):
+        plan_clips(["{HH EY1}"])
+    with pytest.raises(ValueError, match="`clips_per_phrase` must be at least 1"):
+        plan_clips(["yes"], clips_per_phrase=0)
+    with pytest.raises(ValueError, match="can be spoken"):
+        synthesize_phrases(["!?"], tmp_path)
+    with pytest.raises(ValueError, match="`num_proc` must be at least 1"):
+        synthesize_phrases(["yes"], tmp_path, num_proc=0)
