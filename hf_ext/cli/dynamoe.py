@@ -87,7 +87,7 @@ def convert(
         typer.Option(help="Ordinal routers serve every sensitivity, classifiers the one they are trained for."),
     ] = RouterType.ordinal,
     router_hidden_size: Annotated[int, typer.Option(min=1, help="Width of the routers' hidden layer.")] = 256,
-    similarity: Annotated[Similarity, typer.Option(help="What nearness to the whole MLP is.")] = Similarity.projection,
+    similarity: Annotated[Similarity, typer.Option(help="What nearness to the whole MLP is.")] = Similarity.error,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
     max_length: Annotated[int, typer.Option(min=2, help="Longer rows are cut.")] = 1024,
     by_shards: Annotated[

@@ -28,9 +28,9 @@ class DynaMoeConfig(PreTrainedConfig):
             Width of the router's hidden layer.
         detach_router_input (`bool`, *optional*, defaults to `True`):
             Keeps the router's loss from reaching the model's own weights.
-        similarity (`str`, *optional*, defaults to `"projection"`):
-            What nearness is: `"projection"`, the share of the whole MLP's output that an expert has produced; `"cosine"`;
-            or `"error"` (not in the paper), by which tokens to which the MLP adds little demand little.
+        similarity (`str`, *optional*, defaults to `"error"`):
+            What nearness is, which the paper doesn't say: `"error"`, by which tokens to which the MLP adds little demand
+            little; `"projection"`, the share of the whole MLP's output that an expert has produced; or `"cosine"`.
         output_norms (`list[float]`, *optional*):
             Typical size of each layer's MLP output, which `"error"` is measured against; conversion finds it.
         sensitivity (`float`, *optional*, defaults to `1.0`):
@@ -74,7 +74,7 @@ class DynaMoeConfig(PreTrainedConfig):
     router_type: Literal["ordinal", "classifier"] = "ordinal"
     router_hidden_size: int = 256
     detach_router_input: bool = True
-    similarity: Literal["projection", "cosine", "error"] = "projection"
+    similarity: Literal["error", "projection", "cosine"] = "error"
     output_norms: list[float] | None = None
     sensitivity: float | int = 1.0
     label_sensitivity: float | int | None = None

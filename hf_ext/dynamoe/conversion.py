@@ -67,7 +67,7 @@ def convert_to_dynamoe(
     max_length: int = 1024,
     router_type: str = "ordinal",
     router_hidden_size: int = 256,
-    similarity: str = "projection",
+    similarity: str = "error",
     disable_tqdm: bool = False,
 ) -> DynaMoeForCausalLM:
     """
@@ -95,7 +95,7 @@ def convert_to_dynamoe(
             The most tokens that are looked at.
         batch_size (`int`, *optional*, defaults to `8`), max_length (`int`, *optional*, defaults to `1024`):
             Rows at a time, and tokens of each.
-        router_type (`str`, *optional*, defaults to `"ordinal"`), router_hidden_size (`int`, *optional*, defaults to `256`), similarity (`str`, *optional*, defaults to `"projection"`):
+        router_type (`str`, *optional*, defaults to `"ordinal"`), router_hidden_size (`int`, *optional*, defaults to `256`), similarity (`str`, *optional*, defaults to `"error"`):
             As in [`DynaMoeConfig`].
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Hides the progress bar.

@@ -55,7 +55,7 @@ def convert_checkpoint_to_dynamoe(
     max_length: int = 1024,
     router_type: str = "ordinal",
     router_hidden_size: int = 256,
-    similarity: str = "projection",
+    similarity: str = "error",
     max_shard_size: int | str = "5GB",
     device_map: Any = "auto",
     max_memory: dict[Any, Any] | None = None,
