@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hf_ext.kws.modeling_slick import SlickForKeywordSpotting
     from hf_ext.kws.processing_kws import KwsProcessor
     from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
+    from hf_ext.kws.training.augmentation import KwsAugmenter, spec_augment
     from hf_ext.kws.training.mining import PhoneticIndex, confusable_phonemes, phonetic_distance
     from hf_ext.kws.training.synthesis import synthesize_phrases
     from hf_ext.mtp.configuration import GatedLoraConfig
@@ -46,6 +47,7 @@ __all__ = [
     "DynaMoeTrainingConfig",
     "GatedLoraConfig",
     "GatedLoraModel",
+    "KwsAugmenter",
     "KwsFeatureExtractor",
     "KwsProcessor",
     "KwsStreamState",
@@ -64,6 +66,7 @@ __all__ = [
     "mtp_generate",
     "phonetic_distance",
     "shipped_model",
+    "spec_augment",
     "synthesize_phrases",
 ]
 
@@ -75,6 +78,7 @@ _MODULE_OF_NAME = {
     "DynaMoeTrainingConfig": "hf_ext.dynamoe.trainer_config",
     "GatedLoraConfig": "hf_ext.mtp.configuration",
     "GatedLoraModel": "hf_ext.mtp.gated_lora",
+    "KwsAugmenter": "hf_ext.kws.training.augmentation",
     "KwsFeatureExtractor": "hf_ext.kws.feature_extraction_kws",
     "KwsProcessor": "hf_ext.kws.processing_kws",
     "KwsStreamState": "hf_ext.kws.feature_extraction_kws",
@@ -93,6 +97,7 @@ _MODULE_OF_NAME = {
     "mtp_generate": "hf_ext.mtp.generation",
     "phonetic_distance": "hf_ext.kws.training.mining",
     "shipped_model": "hf_ext.assets",
+    "spec_augment": "hf_ext.kws.training.augmentation",
     "synthesize_phrases": "hf_ext.kws.training.synthesis",
 }
 
