@@ -168,7 +168,7 @@ def _train(moe: Any, tokenizer: Any, rows: list[list[int]], steps: int, console:
             max_length=_LENGTH,
             # A tiny model takes, and needs, far higher rates than a large one.
             learning_rate=1e-3,
-            router_learning_rate=3e-3,
+            router_learning_rate=1e-2,
             distillation_weight=1.0,
             warmup_steps=max(1, steps // 20),
             lr_scheduler_type="cosine",
