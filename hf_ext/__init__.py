@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_ext.kws.processing_kws import KwsProcessor
     from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
     from hf_ext.kws.training.augmentation import KwsAugmenter, spec_augment
+    from hf_ext.kws.training.datasets import KwsDataCollator, KwsPairDataset, KwsTrialDataset, load_utterances
     from hf_ext.kws.training.mining import PhoneticIndex, confusable_phonemes, phonetic_distance
     from hf_ext.kws.training.synthesis import synthesize_phrases
     from hf_ext.mtp.configuration import GatedLoraConfig
@@ -48,9 +49,12 @@ __all__ = [
     "GatedLoraConfig",
     "GatedLoraModel",
     "KwsAugmenter",
+    "KwsDataCollator",
     "KwsFeatureExtractor",
+    "KwsPairDataset",
     "KwsProcessor",
     "KwsStreamState",
+    "KwsTrialDataset",
     "MtpConfig",
     "MtpGenerateOutput",
     "MtpGenerationMixin",
@@ -63,6 +67,7 @@ __all__ = [
     "convert_checkpoint_to_dynamoe",
     "convert_to_dynamoe",
     "generate_completions",
+    "load_utterances",
     "mtp_generate",
     "phonetic_distance",
     "shipped_model",
@@ -79,9 +84,12 @@ _MODULE_OF_NAME = {
     "GatedLoraConfig": "hf_ext.mtp.configuration",
     "GatedLoraModel": "hf_ext.mtp.gated_lora",
     "KwsAugmenter": "hf_ext.kws.training.augmentation",
+    "KwsDataCollator": "hf_ext.kws.training.datasets",
     "KwsFeatureExtractor": "hf_ext.kws.feature_extraction_kws",
+    "KwsPairDataset": "hf_ext.kws.training.datasets",
     "KwsProcessor": "hf_ext.kws.processing_kws",
     "KwsStreamState": "hf_ext.kws.feature_extraction_kws",
+    "KwsTrialDataset": "hf_ext.kws.training.datasets",
     "MtpConfig": "hf_ext.mtp.trainer_config",
     "MtpGenerateOutput": "hf_ext.mtp.generation",
     "MtpGenerationMixin": "hf_ext.mtp.generation",
@@ -94,6 +102,7 @@ _MODULE_OF_NAME = {
     "convert_checkpoint_to_dynamoe": "hf_ext.dynamoe.shards",
     "convert_to_dynamoe": "hf_ext.dynamoe.conversion",
     "generate_completions": "hf_ext.mtp.on_policy",
+    "load_utterances": "hf_ext.kws.training.datasets",
     "mtp_generate": "hf_ext.mtp.generation",
     "phonetic_distance": "hf_ext.kws.training.mining",
     "shipped_model": "hf_ext.assets",

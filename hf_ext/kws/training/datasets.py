@@ -1,0 +1,367 @@
+"""Pairs of a clip and a phrase, drawn from utterances with their text."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from hf_ext._extras import missing_extra
+from hf_ext.kws.audio_input import resample, to_mono_float
+from hf_ext.kws.processing_kws import KwsProcessor
+from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
+from hf_ext.kws.training.augmentation import KwsAugmenter, spec_augment
+from hf_ext.kws.training.mining import Kind, PhoneticIndex, confusable_phonemes, sound_alike
+
+
+# What a pair is: the phrase that was said; any other; one that sounds nearly so, of the vocabulary or made up.
+PAIR_KINDS = ("positive", "random", "hard", "confusable")
+_HARD: tuple[Kind, ...] = ("substitute", "insert", "delete", "prefix", "suffix")
+
+
+def load_utterances(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """
+    The rows of an `audiofolder`, such as [`synthesize_phrases`] writes, with the paths of their clips.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A folder with clips and a `metadata.csv` that has `file_name` and `text`.
+
+    Returns:
+        `list[dict]`: `audio`, the path of a clip, and the other columns as text. Rows without text are left out.
+
+    Raises:
+        FileNotFoundError: if there is no `metadata.csv`.
+        ValueError: if it lacks a column.
+    """
+    path = Path(folder) / "metadata.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"`folder` ({folder}) has no metadata.csv with the columns file_name and text.")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    missing = {"file_name", "text"} - set(rows[0] if rows else ())
+    if missing:
+        raise ValueError(f"{path} has no rows or lacks the columns {sorted(missing)}.")
+    return [
+        {"audio": str(path.parent / row["file_name"]), **{name: row[name] for name in row if name != "file_name"}}
+        for row in rows
+        if row["text"].strip()
+    ]
+
+
+def read_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> torch.Tensor:
+    """
+    The clip of a row.
+
+    Args:
+        row (`Mapping`):
+            `audio` is a path, what `datasets.Audio(decode=False)` holds (`path` and `bytes`), or what decoded audio is
+            (`array` and `sampling_rate`). `start` and `end`, in seconds, cut a piece out.
+        sampling_rate (`int`, *optional*, defaults to `16000`):
+            Rate to return, in hertz. Channels are averaged.
+
+    Returns:
+        `torch.Tensor` of shape `(num_samples,)`: floats within -1 and 1.
+
+    Raises:
+        ValueError: if the audio can't be read or the piece is empty.
+    """
+    audio = row["audio"]
+    start, end = (float(row[name]) if row.get(name) not in (None, "") else None for name in ("start", "end"))
+    if isinstance(audio, Mapping) and "array" in audio:
+        rate, name = int(audio["sampling_rate"]), "array"
+        samples = np.asarray(audio["array"])[int((start or 0) * rate) : None if end is None else int(end * rate)]
+    else:
+        soundfile = _soundfile()
+        content = audio.get("bytes") if isinstance(audio, Mapping) else None
+        path = audio.get("path") if isinstance(audio, Mapping) else os.fspath(audio)
+        name = str(path)
+        try:
+            with soundfile.SoundFile(io.BytesIO(content) if content else path) as file:
+                rate = file.samplerate
+                file.seek(min(int((start or 0) * rate), file.frames))
+                count = -1 if end is None else max(int(end * rate) - file.tell(), 0)
+                samples = file.read(count, dtype="float32")
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"The audio {name} can't be read: {error}") from error
+    mono = to_mono_float(samples, -1 if samples.ndim == 2 else None, name=f"{name} from {start or 0} s to {end} s")
+    return resample(mono, rate, sampling_rate)
+
+
+class KwsTrialDataset(Dataset):
+    """
+    Pairs that are given, such as an official list of trials.
+
+    Args:
+        trials (`Sequence[Mapping]`):
+            Rows with `audio` as in [`read_audio`], `text` (what was said), `phrase` (what is asked for), `label` (1 if
+            they are the same, else 0) and `kind` (one of `PAIR_KINDS`).
+        sampling_rate (`int`, *optional*, defaults to `16000`):
+            Rate of the clips in hertz.
+        augmenter ([`KwsAugmenter`], *optional*):
+            Changes each clip.
+        seed (`int`, *optional*, defaults to `0`):
+            What the changes are drawn with, together with the epoch and the place in the data alone.
+    """
+
+    def __init__(
+        self,
+        trials: Sequence[Mapping[str, Any]],
+        sampling_rate: int = 16000,
+        augmenter: KwsAugmenter | None = None,
+        seed: int = 0,
+    ) -> None:
+        if augmenter is not None and augmenter.sampling_rate != sampling_rate:
+            raise ValueError(
+                f"`augmenter` works at {augmenter.sampling_rate} Hz and `sampling_rate` is {sampling_rate}: make them equal."
+            )
+        self.trials = trials
+        self.sampling_rate = sampling_rate
+        self.augmenter = augmenter
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws anew for this epoch; [`KwsTrainer`] calls it."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # Iterating a sequence ends with this error.
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There is no pair {index}: the data has {len(self)}.")
+        index %= len(self)
+        drawn_from = Random(f"{self.seed} {self.epoch} {index}")
+        trial = self._trial(index, drawn_from)
+        clip = read_audio(trial, self.sampling_rate)
+        seed = drawn_from.getrandbits(63)
+        if self.augmenter is not None:
+            waveforms, lengths = self.augmenter(clip[None], None, torch.Generator().manual_seed(seed))
+            clip = waveforms[0, : int(lengths[0])]
+        return {
+            "audio": clip.numpy(),
+            "sampling_rate": self.sampling_rate,
+            "seed": seed,
+            **{name: trial[name] for name in ("text", "phrase", "label", "kind")},
+        }
+
+    def _trial(self, index: int, drawn_from: Random) -> Mapping[str, Any]:
+        return self.trials[index]
+
+
+class KwsPairDataset(KwsTrialDataset):
+    """
+    Pairs drawn from utterances: the phrase that was said, another one, and ones that are easily taken for it.
+
+    What is drawn depends on `seed`, the epoch and the place in the data alone: it is the same in any number of workers,
+    processes and micro-batches, and after resuming.
+
+    Args:
+        utterances (`Sequence[Mapping]`):
+            Rows of a `datasets.Dataset` or a list, with `audio` as in [`read_audio`] and `text`. Long utterances are cut
+            into phrases first, see [`phrases_of_words`].
+        tokenizer ([`PhonemeTokenizer`], *optional*):
+            By default one with the packaged lexicon alone.
+        shares (`Mapping[str, float]`, *optional*, defaults to `{"positive": 0.5, "random": 0.2, "hard": 0.15,
+        "confusable": 0.15}`):
+            How often a clip gets which kind of phrase: what was said, any other of the vocabulary, one of the nearest of
+            the vocabulary or one that shares its beginning or its end, one made up from its phonemes.
+        every_kind (`bool`, *optional*, defaults to `False`):
+            Whether each clip makes one pair of each kind with a share, as evaluation needs it, instead of one in all.
+        vocabulary (`Sequence[str]`, *optional*):
+            Further phrases for the negatives.
+        num_neighbours (`int`, *optional*, defaults to `10`):
+            Nearest phrases that a hard negative is drawn from.
+        max_phonemes (`int`, *optional*, defaults to `25`):
+            Utterances and phrases with more are left out.
+        sampling_rate (`int`, *optional*, defaults to `16000`), augmenter ([`KwsAugmenter`], *optional*), seed (`int`,
+        *optional*, defaults to `0`):
+            As in [`KwsTrialDataset`].
+
+    Raises:
+        ValueError: if there are fewer than two phrases that can be told apart, or the shares are none.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from hf_ext import KwsPairDataset
+
+    >>> clip = {"array": np.zeros(16000, dtype=np.float32), "sampling_rate": 16000}
+    >>> utterances = [{"audio": clip, "text": text} for text in ("lights on", "lights off", "play music")]
+    >>> pairs = KwsPairDataset(utterances, every_kind=True, num_neighbours=1)
+    >>> [(pair["phrase"], pair["label"], pair["kind"]) for pair in pairs][:3:2]
+    [('lights on', 1, 'positive'), ('lights off', 0, 'hard')]
+    ```
+    """
+
+    def __init__(
+        self,
+        utterances: Sequence[Mapping[str, Any]],
+        tokenizer: PhonemeTokenizer | None = None,
+        shares: Mapping[str, float] | None = None,
+        every_kind: bool = False,
+        vocabulary: Sequence[str] = (),
+        num_neighbours: int = 10,
+        max_phonemes: int = 25,
+        sampling_rate: int = 16000,
+        augmenter: KwsAugmenter | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(utterances, sampling_rate, augmenter, seed)
+        shares = dict(shares or {"positive": 0.5, "random": 0.2, "hard": 0.15, "confusable": 0.15})
+        unknown = sorted(set(shares) - set(PAIR_KINDS))
+        if unknown or any(share < 0 for share in shares.values()) or not sum(shares.values()):
+            raise ValueError(f"`shares` must give {list(PAIR_KINDS)} shares of 0 or more, not all 0, got {shares}.")
+        self.kinds = [kind for kind in PAIR_KINDS if shares.get(kind)]
+        self.shares = [shares[kind] for kind in self.kinds]
+        self.every_kind = every_kind
+        self.num_neighbours = num_neighbours
+        self.max_phonemes = max_phonemes
+        self.tokenizer = tokenizer or PhonemeTokenizer()
+        texts = _column(utterances, "text")
+        self._phonemes = {text: tuple(self.tokenizer.tokenize(text)) for text in dict.fromkeys([*texts, *vocabulary])}
+        fitting = {text: spoken for text, spoken in self._phonemes.items() if len(spoken) <= max_phonemes}
+        # Rows that are kept, by their place in the utterances.
+        self.rows = [i for i, text in enumerate(texts) if text in fitting]
+        self.phrases = list(fitting)
+        if not self.rows or all(sound_alike(fitting[self.phrases[0]], spoken) for spoken in fitting.values()):
+            raise ValueError(
+                f"`utterances` and `vocabulary` have {len(self.phrases)} phrases of at most {max_phonemes} phonemes that can be "
+                "told apart; negatives need two. Cut sentences into phrases with `phrases_of_words`, or add a `vocabulary`."
+            )
+        self._index: PhoneticIndex | None = None
+        self._hard: dict[str, list[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows) * (len(self.kinds) if self.every_kind else 1)
+
+    def hard_negatives(self, text: str) -> list[str]:
+        """The nearest phrases of the vocabulary, and some that share the beginning or the end of this one."""
+        if text not in self._hard:
+            self._index = self._index or PhoneticIndex(self.phrases, self.tokenizer)
+            near = [neighbour.phrase for neighbour in self._index.nearest(text, self.num_neighbours)]
+            ends: list[str] = []
+            for end in ("prefix", "suffix"):
+                ends += self._index.sharing(text, end)[: self.num_neighbours // 2]
+            self._hard[text] = list(dict.fromkeys(near + ends))
+        return self._hard[text]
+
+    def _trial(self, index: int, drawn_from: Random) -> Mapping[str, Any]:
+        if self.every_kind:
+            index, which = divmod(index, len(self.kinds))
+            kind = self.kinds[which]
+        else:
+            kind = drawn_from.choices(self.kinds, self.shares)[0]
+        utterance = self.trials[self.rows[index]]
+        text = utterance["text"]
+        return {
+            **utterance,
+            "phrase": self._phrase(text, kind, drawn_from),
+            "label": int(kind == "positive"),
+            "kind": kind,
+        }
+
+    def _phrase(self, text: str, kind: str, drawn_from: Random) -> str:
+        if kind == "positive":
+            return text
+        spoken = self._phonemes[text]
+        if kind == "confusable":
+            made = confusable_phonemes(spoken, drawn_from, kinds=_HARD, max_phonemes=self.max_phonemes)
+            return f"{{{' '.join(made)}}}"
+        if kind == "hard" and (near := self.hard_negatives(text)):
+            return drawn_from.choice(near)
+        others = (drawn_from.choice(self.phrases) for _ in range(100))
+        apart = (phrase for phrase in others if not sound_alike(self._phonemes[phrase], spoken))
+        # Where nearly all of the vocabulary sounds the same, drawing may fail.
+        return next(apart, None) or next(
+            phrase for phrase in self.phrases if not sound_alike(self._phonemes[phrase], spoken)
+        )
+
+
+@dataclass
+class KwsDataCollator:
+    """
+    Pairs of a clip and a phrase as a batch for the models, through their [`KwsProcessor`].
+
+    Args:
+        processor ([`KwsProcessor`]):
+            The model's.
+        hide_stripes (`bool`, *optional*, defaults to `False`):
+            Whether to hide stripes of the features, see [`spec_augment`]; each row draws its own from the seed of its pair.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from hf_ext import KwsDataCollator, KwsPairDataset, KwsProcessor
+
+    >>> clip = {"array": np.zeros(16000, dtype=np.float32), "sampling_rate": 16000}
+    >>> pairs = KwsPairDataset([{"audio": clip, "text": text} for text in ("yes", "no")], every_kind=True)
+    >>> batch = KwsDataCollator(KwsProcessor())([pairs[0], pairs[1]])
+    >>> batch["labels"], batch["phoneme_labels"].shape
+    (tensor([1., 0.]), torch.Size([2, 3]))
+    ```
+    """
+
+    processor: KwsProcessor
+    hide_stripes: bool = False
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            pairs (`Sequence[Mapping]`):
+                Items of [`KwsPairDataset`] or [`KwsTrialDataset`].
+
+        Returns:
+            `dict[str, torch.Tensor]`: what the models take, `labels` of shape `(batch,)`, `phoneme_labels` of shape `(batch,
+            longest)` with -100 behind what was said, and `pair_kinds` of shape `(batch,)`, places in `PAIR_KINDS`.
+        """
+        rates = {pair["sampling_rate"] for pair in pairs}
+        if len(rates) != 1:
+            raise ValueError(f"The pairs have different sampling rates {sorted(rates)}: load them with one.")
+        batch = dict(
+            self.processor(
+                audio=[pair["audio"] for pair in pairs],
+                text=[pair["phrase"] for pair in pairs],
+                sampling_rate=rates.pop(),
+                return_tensors="pt",
+            )
+        )
+        if self.hide_stripes:
+            rows = zip(batch["input_features"].split(1), batch["attention_mask"].split(1), pairs, strict=True)
+            hidden = [spec_augment(row, mask, _generator(pair["seed"] + 1)) for row, mask, pair in rows]
+            batch["input_features"] = torch.cat(hidden)
+        spoken = self.processor.tokenizer([pair["text"] for pair in pairs], padding=True, return_tensors="pt")
+        batch["phoneme_labels"] = spoken["input_ids"].masked_fill(spoken["attention_mask"] == 0, -100)
+        batch["labels"] = torch.tensor([float(pair["label"]) for pair in pairs])
+        batch["pair_kinds"] = torch.tensor([PAIR_KINDS.index(pair["kind"]) for pair in pairs])
+        return batch
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _column(rows: Any, name: str) -> list[Any]:
+    # A datasets.Dataset gives a column without reading the audio of its rows.
+    if hasattr(rows, "column_names"):
+        return list(rows[name])
+    return [row[name] for row in rows]
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, needed_by="Reading audio files") or error from error
+    return soundfile

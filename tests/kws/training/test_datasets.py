@@ -1,0 +1,160 @@
+"""Pairs of clips and phrases."""
+
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from hf_ext.kws.configuration_slick import SlickConfig
+from hf_ext.kws.modeling_slick import SlickForKeywordSpotting
+from hf_ext.kws.processing_kws import KwsProcessor
+from hf_ext.kws.training.augmentation import KwsAugmenter
+from hf_ext.kws.training.datasets import (
+    PAIR_KINDS,
+    KwsDataCollator,
+    KwsPairDataset,
+    KwsTrialDataset,
+    load_utterances,
+    read_audio,
+)
+from hf_ext.kws.training.mining import sound_alike
+
+
+WORDS = ["lights on", "lights off", "nights on", "play music", "stop", "volume up", "volume down"]
+
+
+def utterances(words=WORDS, seconds=0.6, copies=1):
+    noise = np.random.default_rng(0).normal(size=(len(words), int(16000 * seconds))).astype(np.float32)
+    return [
+        {"audio": {"array": 0.1 * clip, "sampling_rate": 16000}, "text": word}
+        for word, clip in zip(words, noise, strict=True)
+    ] * copies
+
+
+def test_every_kind_says_what_it_is():
+    pairs = KwsPairDataset(utterances(), every_kind=True)
+    assert len(pairs) == len(WORDS) * len(PAIR_KINDS)
+    tokenize = pairs.tokenizer.tokenize
+    for i, pair in enumerate(pairs):
+        assert pair["kind"] == PAIR_KINDS[i % 4]
+        assert pair["text"] == WORDS[i // 4]
+        same = sound_alike(tokenize(pair["phrase"]), tokenize(pair["text"]))
+        assert same == (pair["label"] == 1) == (pair["kind"] == "positive")
+        if pair["kind"] in ("random", "hard"):
+            assert pair["phrase"] in WORDS
+    assert {"lights off", "nights on"} <= set(pairs.hard_negatives("lights on"))
+    assert "volume down" in pairs.hard_negatives("volume up")
+
+
+def test_shares_are_kept_and_draws_belong_to_place_and_epoch():
+    pairs = KwsPairDataset(utterances(copies=150), shares={"positive": 0.5, "random": 0.3, "hard": 0.2})
+    drawn = [pairs._trial(i, Random(i))["kind"] for i in range(len(pairs))]
+    counts = Counter(drawn)
+    assert counts["positive"] / len(pairs) == pytest.approx(0.5, abs=0.05)
+    assert counts["hard"] / len(pairs) == pytest.approx(0.2, abs=0.05)
+    first = [pairs[i]["phrase"] for i in range(30)]
+    assert [pairs[i]["phrase"] for i in reversed(range(30))] == first[::-1]
+    pairs.set_epoch(1)
+    assert [pairs[i]["phrase"] for i in range(30)] != first
+    with pytest.raises(IndexError):
+        pairs[len(pairs)]
+
+
+def test_augmented_clips_are_repeatable():
+    pairs = KwsPairDataset(utterances(), augmenter=KwsAugmenter())
+    assert np.array_equal(pairs[3]["audio"], pairs[3]["audio"])
+    before = pairs[3]["audio"]
+    pairs.set_epoch(1)
+    assert before.shape != pairs[3]["audio"].shape or not np.array_equal(before, pairs[3]["audio"])
+    with pytest.raises(ValueError, match="`augmenter` works at 16000 Hz"):
+        KwsPairDataset(utterances(), augmenter=KwsAugmenter(), sampling_rate=8000)
+
+
+def test_utterances_that_are_too_long_are_left_out():
+    long = "this is a sentence with many more phonemes than the model takes"
+    pairs = KwsPairDataset(utterances([*WORDS[:3], long]), every_kind=True, shares={"positive": 1})
+    assert [pair["text"] for pair in pairs] == WORDS[:3] and long not in pairs.phrases
+    with pytest.raises(ValueError, match="`phrases_of_words`"):
+        KwsPairDataset(utterances([long, "stop"]))
+
+
+def test_collator_makes_what_the_model_takes():
+    pairs = KwsPairDataset(utterances(), every_kind=True)
+    items = [pairs[i] for i in (0, 1, 14, 27)]
+    items[1]["audio"] = items[1]["audio"][:5000]
+    batch = KwsDataCollator(KwsProcessor())(items)
+    assert batch["labels"].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert [PAIR_KINDS[kind] for kind in batch.pop("pair_kinds")] == [pair["kind"] for pair in items]
+    assert (
+        batch["phoneme_labels"][0][batch["phoneme_labels"][0] >= 0].tolist()
+        == (KwsProcessor().tokenizer("lights on")["input_ids"])
+    )
+    output = SlickForKeywordSpotting(SlickConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=16))(**batch)
+    assert output.loss.isfinite() and output.ctc_loss.isfinite() and output.prefix_loss.isfinite()
+
+
+def test_stripes_belong_to_the_pair_and_not_to_the_batch():
+    collate = KwsDataCollator(KwsProcessor(), hide_stripes=True)
+    pairs = KwsPairDataset(utterances())
+    together = collate([pairs[0], pairs[1]])["input_features"]
+    alone = [collate([pairs[i]])["input_features"][0] for i in range(2)]
+    assert torch.equal(together, torch.stack(alone))
+    assert not torch.equal(together, KwsDataCollator(KwsProcessor())([pairs[0], pairs[1]])["input_features"])
+
+
+def test_audio_comes_from_files_bytes_and_arrays(tmp_path):
+    wave = 0.3 * np.sin(np.arange(16000) / 20).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", np.stack([wave, wave], axis=1), 16000, subtype="FLOAT")
+    path = str(tmp_path / "a.wav")
+    for audio in (path, {"path": path, "bytes": None}, {"path": None, "bytes": (tmp_path / "a.wav").read_bytes()}):
+        np.testing.assert_allclose(read_audio({"audio": audio}), wave, atol=1e-6)
+        np.testing.assert_allclose(read_audio({"audio": audio, "start": 0.25, "end": 0.5}), wave[4000:8000], atol=1e-6)
+    assert len(read_audio({"audio": path}, sampling_rate=8000)) == 8000
+    array = {"array": wave, "sampling_rate": 16000}
+    np.testing.assert_allclose(read_audio({"audio": array, "start": 0.25, "end": 0.5}), wave[4000:8000])
+    with pytest.raises(ValueError, match="is empty"):
+        read_audio({"audio": path, "start": 3.0, "end": 4.0})
+    (tmp_path / "b.wav").write_bytes(b"no audio")
+    with pytest.raises(ValueError, match=r"b\.wav can't be read"):
+        read_audio({"audio": str(tmp_path / "b.wav")})
+
+
+def test_folder_of_clips_is_read(tmp_path):
+    (tmp_path / "metadata.csv").write_text('file_name,text,speaker\na/1.wav,"yes, please",s\na/2.wav,,s\n')
+    assert load_utterances(tmp_path) == [
+        {"audio": str(tmp_path / "a/1.wav"), "text": "yes, please", "speaker": "s"},
+    ]
+    with pytest.raises(FileNotFoundError, match=r"no metadata\.csv"):
+        load_utterances(tmp_path / "a")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na/1.wav,yes\n")
+    with pytest.raises(ValueError, match="lacks the columns"):
+        load_utterances(tmp_path)
+
+
+def test_datasets_rows_are_not_decoded():
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"audio": f"missing{i}.wav", "text": text} for i, text in enumerate(WORDS)])
+    rows = rows.cast_column("audio", datasets.Audio(decode=False))
+    pairs = KwsPairDataset(rows)
+    assert len(pairs) == len(WORDS)
+    with pytest.raises(ValueError, match=r"missing0\.wav can't be read"):
+        pairs[0]
+
+
+def test_given_trials_stay_as_they_are():
+    trial = {**utterances()[0], "phrase": "lights off", "label": 0, "kind": "hard"}
+    item = KwsTrialDataset([trial])[0]
+    assert (item["phrase"], item["label"], item["kind"], item["text"]) == ("lights off", 0, "hard", "lights on")
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="`shares` must give"):
+        KwsPairDataset(utterances(), shares={"easy": 1.0})
+    with pytest.raises(ValueError, match="negatives need two"):
+        KwsPairDataset(utterances(["two"] * 2), vocabulary=["too"])
+    pairs = KwsPairDataset(utterances())
+    with pytest.raises(ValueError, match="different sampling rates"):
+        KwsDataCollator(KwsProcessor())([pairs[0], {**pairs[1], "sampling_rate": 8000}])
