@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from hf_ext.kws.processing_kws import KwsProcessor
     from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
     from hf_ext.kws.training.augmentation import KwsAugmenter, spec_augment
+    from hf_ext.kws.training.corpora import (
+        build_libriphrase,
+        libriphrase_trials,
+        load_speech_commands,
+        phrases_of_words,
+        read_alignment,
+    )
     from hf_ext.kws.training.datasets import KwsDataCollator, KwsPairDataset, KwsTrialDataset, load_utterances
     from hf_ext.kws.training.mining import PhoneticIndex, confusable_phonemes, phonetic_distance
     from hf_ext.kws.training.synthesis import synthesize_phrases
@@ -63,13 +70,18 @@ __all__ = [
     "PhoneticIndex",
     "SlickConfig",
     "SlickForKeywordSpotting",
+    "build_libriphrase",
     "confusable_phonemes",
     "convert_checkpoint_to_dynamoe",
     "convert_to_dynamoe",
     "generate_completions",
+    "libriphrase_trials",
+    "load_speech_commands",
     "load_utterances",
     "mtp_generate",
     "phonetic_distance",
+    "phrases_of_words",
+    "read_alignment",
     "shipped_model",
     "spec_augment",
     "synthesize_phrases",
@@ -98,13 +110,18 @@ _MODULE_OF_NAME = {
     "PhoneticIndex": "hf_ext.kws.training.mining",
     "SlickConfig": "hf_ext.kws.configuration_slick",
     "SlickForKeywordSpotting": "hf_ext.kws.modeling_slick",
+    "build_libriphrase": "hf_ext.kws.training.corpora",
     "confusable_phonemes": "hf_ext.kws.training.mining",
     "convert_checkpoint_to_dynamoe": "hf_ext.dynamoe.shards",
     "convert_to_dynamoe": "hf_ext.dynamoe.conversion",
     "generate_completions": "hf_ext.mtp.on_policy",
+    "libriphrase_trials": "hf_ext.kws.training.corpora",
+    "load_speech_commands": "hf_ext.kws.training.corpora",
     "load_utterances": "hf_ext.kws.training.datasets",
     "mtp_generate": "hf_ext.mtp.generation",
     "phonetic_distance": "hf_ext.kws.training.mining",
+    "phrases_of_words": "hf_ext.kws.training.corpora",
+    "read_alignment": "hf_ext.kws.training.corpora",
     "shipped_model": "hf_ext.assets",
     "spec_augment": "hf_ext.kws.training.augmentation",
     "synthesize_phrases": "hf_ext.kws.training.synthesis",

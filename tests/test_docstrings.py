@@ -11,7 +11,13 @@ MODULES += ["mtp.on_policy", "mtp.trainer"]
 MODULES += ["dynamoe.configuration_dynamoe", "dynamoe.conversion", "dynamoe.modeling_dynamoe", "dynamoe.shards"]
 MODULES += ["kws.feature_extraction_kws", "kws.g2p", "kws.processing_kws", "kws.spelling"]
 MODULES += ["kws.configuration_slick", "kws.modeling_auto", "kws.modeling_slick", "kws.tokenization_phoneme"]
-MODULES += ["kws.training.mining", "kws.training.synthesis", "kws.training.augmentation", "kws.training.datasets"]
+MODULES += [
+    "kws.training.mining",
+    "kws.training.synthesis",
+    "kws.training.augmentation",
+    "kws.training.datasets",
+    "kws.training.corpora",
+]
 MODULES += ["metrics.decoding", "metrics.detection", "metrics.localization"]
 
 

@@ -1,0 +1,216 @@
+"""Alignments, LibriPhrase and Speech Commands."""
+
+import csv
+import json
+import tarfile
+from collections import Counter
+
+import pytest
+
+from hf_ext.kws.training.corpora import (
+    AlignedWord,
+    build_libriphrase,
+    libriphrase_trials,
+    load_speech_commands,
+    phrases_of_words,
+    read_alignment,
+)
+from hf_ext.kws.training.datasets import KwsPairDataset, read_audio
+
+
+WORDS = [("", 0.0, 0.2), ("mister", 0.2, 0.6), ('"john"', 0.6, 1.0), ("", 1.0, 1.25), ("2", 1.25, 1.5)]
+EXPECTED = [AlignedWord(*word) for word in WORDS]
+
+LONG = """File type = "ooTextFile"
+Object class = "TextGrid"
+
+xmin = 0
+xmax = 1.5
+tiers? <exists>
+size = 2
+item []:
+    item [1]:
+        class = "IntervalTier"
+        name = "words"
+        xmin = 0
+        xmax = 1.5
+        intervals: size = {count}
+{intervals}
+    item [2]:
+        class = "TextTier"
+        name = "events"
+        xmin = 0
+        xmax = 1.5
+        points: size = 1
+        points [1]:
+            number = 0.5
+            mark = "click"
+"""
+
+
+def quoted(text):
+    return '"' + text.replace('"', '""') + '"'
+
+
+def long_textgrid():
+    intervals = [
+        f"        intervals [{i}]:\n            xmin = {start}\n            xmax = {end}\n            text = {quoted(text)}"
+        for i, (text, start, end) in enumerate(WORDS, 1)
+    ]
+    return LONG.format(count=len(WORDS), intervals="\n".join(intervals))
+
+
+def short_textgrid():
+    intervals = "\n".join(f"{start}\n{end}\n{quoted(text)}" for text, start, end in WORDS)
+    head = 'File type = "ooTextFile"\nObject class = "TextGrid"\n\n0\n1.5\n<exists>\n1\n'
+    return f'{head}"IntervalTier"\n"words"\n0\n1.5\n{len(WORDS)}\n{intervals}\n'
+
+
+def montreal():
+    return json.dumps({"tiers": {"words": {"entries": [[start, end, text] for text, start, end in WORDS]}}})
+
+
+def pocketsphinx():
+    said = [
+        {"b": start, "d": end - start, "p": 1.0, "t": (text and f"{text}(2)") or "<sil>"} for text, start, end in WORDS
+    ]
+    return json.dumps({"b": 0, "d": 1.5, "t": "", "w": said})
+
+
+def plain_list():
+    return json.dumps([{"word": text, "start": start, "end": end} for text, start, end in WORDS])
+
+
+@pytest.mark.parametrize("form", [long_textgrid, short_textgrid, montreal, pocketsphinx, plain_list])
+def test_alignments_of_every_form_are_the_same(form, tmp_path):
+    (tmp_path / "file").write_text(form())
+    assert read_alignment(tmp_path / "file") == EXPECTED
+
+
+def test_alignment_that_is_none_is_refused(tmp_path):
+    for content in ("hello", '{"a": 1}', "[1, 2]", "{", ""):
+        (tmp_path / "file").write_text(content)
+        with pytest.raises(ValueError, match="`path`"):
+            read_alignment(tmp_path / "file")
+    (tmp_path / "file").write_text(montreal())
+    with pytest.raises(ValueError, match="no tier 'phones', only"):
+        read_alignment(tmp_path / "file", tier="phones")
+
+
+def test_runs_of_words_by_libriphrases_rule():
+    rows = phrases_of_words(EXPECTED, "a.wav", speaker="s")
+    assert [(row["text"], row["start"], row["end"]) for row in rows] == [('mister "john"', 0.2, 1.0)]
+    rows = phrases_of_words(EXPECTED, "a.wav", min_duration=0.25, max_duration=0.4)
+    assert [row["text"] for row in rows] == ["mister", '"john"', "2"]
+    with pytest.raises(ValueError, match="`max_words`"):
+        phrases_of_words(EXPECTED, "a.wav", max_words=0)
+
+
+def test_aligned_sentences_become_phrases(shared_data):
+    folder = shared_data / "speech" / "sentences"
+    rows = []
+    for path in sorted((folder / "alignments").glob("*[0-9].json")):
+        rows += phrases_of_words(read_alignment(path), str(folder / f"{path.stem}.ogg"), speaker="reader")
+    assert len(rows) > 100 and "selfish" in {row["text"] for row in rows}
+    assert not any("<" in row["text"] or "(" in row["text"] for row in rows)
+    for row in rows[::20]:
+        clip = read_audio(row)
+        assert len(clip) / 16000 == pytest.approx(row["end"] - row["start"], abs=1e-3)
+        assert clip.abs().max() > 0.01
+    pair = KwsPairDataset(rows, every_kind=True)[2]
+    assert pair["kind"] == "hard" and pair["phrase"] != pair["text"]
+
+
+def test_libriphrase_is_built_by_its_recipe():
+    texts = ["friend", "trend", "friends", "rent", "mother"]
+    rows = [
+        {"audio": f"{text}-{speaker}-{i}.wav", "text": text, "speaker": str(speaker)}
+        for text in texts
+        for speaker in range(5)
+        for i in range(6 if speaker == 0 else 1)
+    ]
+    trials = build_libriphrase(rows)
+    assert len(trials) == len(texts) * 27
+    assert Counter(trial["kind"] for trial in trials) == {kind: 45 for kind in ("positive", "random", "hard")}
+    for trial in trials:
+        assert (trial["phrase"] == trial["text"]) == trial["label"] == (trial["kind"] == "positive")
+        assert trial["kind"] != "positive" or trial["speaker"] != "0"
+    hard = {trial["text"] for trial in trials if trial["phrase"] == "friend" and trial["kind"] == "hard"}
+    assert hard == {"trend", "friends", "rent"}
+    assert trials == build_libriphrase(rows) != build_libriphrase(rows, seed=1)
+    assert len(build_libriphrase(rows, max_episodes=2)) == 54
+    with pytest.raises(ValueError, match="`num_clips`"):
+        build_libriphrase(rows, num_clips=4)
+
+
+def test_official_lists_expand_both_ways(tmp_path):
+    columns = "anchor,anchor_spk,anchor_text,anchor_dur,comparison,comparison_spk,comparison_text,comparison_dur,type,target,class"
+    lines = [
+        "a.wav,1,friend,0.6,b.wav,2,friend,0.6,diffspk_positive,1,1",
+        "a.wav,1,friend,0.6,c.wav,2,mother,0.6,diffspk_easyneg,0,1",
+        "a.wav,1,friend,0.6,d.wav,2,trend,0.6,diffspk_hardneg,0,1",
+    ]
+    (tmp_path / "list.csv").write_text("\n".join([columns, *lines]))
+
+    def short(**options):
+        trials = libriphrase_trials([tmp_path / "list.csv"], "/x", **options)
+        return [(trial["audio"][-5], trial["phrase"], trial["label"]) for trial in trials]
+
+    assert short() == [("a", "friend", 1), ("a", "trend", 0), ("d", "trend", 1), ("d", "friend", 0)]
+    assert short(subset="easy", expansion="two") == [
+        ("a", "friend", 1), ("b", "friend", 1), ("a", "mother", 0), ("c", "friend", 0),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="`subset` must be"):
+        short(subset="all")
+    with (tmp_path / "list.csv").open("w") as file:
+        csv.writer(file).writerow(["anchor", "target"])
+    with pytest.raises(ValueError, match="lacks the columns"):
+        short()
+
+
+def commands(folder):
+    for name in ("yes/ab_nohash_0.wav", "yes/cd_nohash_0.wav", "no/ab_nohash_1.wav", "_background_noise_/tap.wav"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "testing_list.txt").write_text("yes/cd_nohash_0.wav\n")
+    (folder / "validation_list.txt").write_text("no/ab_nohash_1.wav\n")
+
+
+def test_speech_commands_from_folder_and_archive(tmp_path):
+    commands(tmp_path / "folder")
+    rows = load_speech_commands(tmp_path / "folder")
+    assert [(row["text"], row["speaker"]) for row in rows] == [("no", "ab"), ("yes", "ab"), ("yes", "cd")]
+    for split, speakers in {"train": ["ab"], "test": ["cd"], "validation": []}.items():
+        rows = load_speech_commands(tmp_path / "folder", words=["yes"], split=split)
+        assert [row["speaker"] for row in rows] == speakers
+
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "folder", arcname=".")
+    for _ in range(2):
+        rows = load_speech_commands(tmp_path / "a.tar.gz", extract_to=tmp_path / "unpacked")
+    assert len(rows) == 3 and rows[0]["audio"] == str(tmp_path / "unpacked" / "no" / "ab_nohash_1.wav")
+
+
+def test_speech_commands_refuses_what_it_cannot_do(tmp_path):
+    commands(tmp_path)
+    with pytest.raises(ValueError, match=r"has no folders for \['maybe'\]"):
+        load_speech_commands(tmp_path, words=["maybe"])
+    with pytest.raises(ValueError, match="`split` must be"):
+        load_speech_commands(tmp_path, split="dev")
+    (tmp_path / "testing_list.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"needs testing_list\.txt"):
+        load_speech_commands(tmp_path, split="train")
+    with pytest.raises(FileNotFoundError, match="neither a folder nor an archive"):
+        load_speech_commands(tmp_path / "none")
+    (tmp_path / "a.tar.gz").touch()
+    with pytest.raises(ValueError, match="`extract_to`"):
+        load_speech_commands(tmp_path / "a.tar.gz")
+
+
+def test_archive_cannot_write_outside_its_folder(tmp_path):
+    (tmp_path / "evil.txt").write_text("x")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "evil.txt", arcname="../outside.txt")
+    with pytest.raises(tarfile.FilterError):
+        load_speech_commands(tmp_path / "a.tar", extract_to=tmp_path / "in" / "side")
+    assert not (tmp_path / "in" / "outside.txt").exists()
