@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from hf_ext.kws.training.datasets import KwsDataCollator, KwsPairDataset, KwsTrialDataset, load_utterances
     from hf_ext.kws.training.mining import PhoneticIndex, confusable_phonemes, phonetic_distance
     from hf_ext.kws.training.synthesis import synthesize_phrases
+    from hf_ext.kws.training.trainer import KwsTrainer
+    from hf_ext.kws.training.trainer_config import KwsTrainingConfig
     from hf_ext.mtp.configuration import GatedLoraConfig
     from hf_ext.mtp.gated_lora import GatedLoraModel
     from hf_ext.mtp.generation import MtpGenerateOutput, MtpGenerationMixin, mtp_generate
@@ -61,6 +63,8 @@ __all__ = [
     "KwsPairDataset",
     "KwsProcessor",
     "KwsStreamState",
+    "KwsTrainer",
+    "KwsTrainingConfig",
     "KwsTrialDataset",
     "MtpConfig",
     "MtpGenerateOutput",
@@ -101,6 +105,8 @@ _MODULE_OF_NAME = {
     "KwsPairDataset": "hf_ext.kws.training.datasets",
     "KwsProcessor": "hf_ext.kws.processing_kws",
     "KwsStreamState": "hf_ext.kws.feature_extraction_kws",
+    "KwsTrainer": "hf_ext.kws.training.trainer",
+    "KwsTrainingConfig": "hf_ext.kws.training.trainer_config",
     "KwsTrialDataset": "hf_ext.kws.training.datasets",
     "MtpConfig": "hf_ext.mtp.trainer_config",
     "MtpGenerateOutput": "hf_ext.mtp.generation",

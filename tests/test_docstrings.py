@@ -17,6 +17,7 @@ MODULES += [
     "kws.training.augmentation",
     "kws.training.datasets",
     "kws.training.corpora",
+    "kws.training.trainer",
 ]
 MODULES += ["metrics.decoding", "metrics.detection", "metrics.localization"]
 

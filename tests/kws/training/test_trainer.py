@@ -1,0 +1,222 @@
+"""The trainer of keyword spotting: what a step is made of, what is logged, and that it learns."""
+
+import math
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor, EvalPrediction, TrainingArguments
+
+from hf_ext import (
+    KwsFeatureExtractor,
+    KwsPairDataset,
+    KwsProcessor,
+    KwsTrainer,
+    KwsTrainingConfig,
+    KwsTrialDataset,
+    SlickConfig,
+    SlickForKeywordSpotting,
+    load_speech_commands,
+)
+from hf_ext.kws.training.augmentation import KwsAugmenter
+from hf_ext.kws.training.trainer import detection_metrics
+
+
+LOSSES = ("utterance_loss", "prefix_loss", "ctc_loss")
+WORDS = ["lights on", "lights off", "play music", "stop", "volume up", "yes", "no"]
+
+
+def spoken(word):
+    """A tone for each letter: what can be learned in a few steps."""
+    seconds = np.arange(1600) / 16000
+    tones = [0.3 * np.sin(2 * np.pi * (300 + 120 * (ord(letter) % 26)) * seconds) for letter in word]
+    return {"array": np.concatenate(tones).astype(np.float32), "sampling_rate": 16000}
+
+
+UTTERANCES = [{"audio": spoken(word), "text": word} for word in WORDS]
+
+
+def tiny_model(frozen_norms=False):
+    torch.manual_seed(0)
+    config = SlickConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, hidden_dropout=0.0
+    )
+    model = SlickForKeywordSpotting(config)
+    for module in model.modules() if frozen_norms else ():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            # Its statistics are those of a micro-batch.
+            module.train = lambda mode=True, module=module: module
+            module.training = False
+    return model
+
+
+def trainer(folder, model=None, train_dataset=None, eval_dataset=None, **changes):
+    settings = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "warmup_steps": 0,
+        **changes,
+    }
+    return KwsTrainer(
+        model=tiny_model() if model is None else model,
+        args=KwsTrainingConfig(str(folder), **settings),
+        train_dataset=KwsPairDataset(UTTERANCES * 4) if train_dataset is None else train_dataset,
+        eval_dataset=eval_dataset,
+    )
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights_of(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def assert_same_run(found, expected):
+    for name in ("loss", *LOSSES):
+        assert logged(expected, name)
+        assert logged(found, name) == pytest.approx(logged(expected, name), rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(weights_of(found), weights_of(expected), rtol=1e-3, atol=1e-5)
+
+
+def test_a_few_steps_lower_every_loss(tmp_path):
+    # The same pairs again and again: each word with itself and with the next.
+    rows = [{**row, "phrase": row["text"], "label": 1, "kind": "positive"} for row in UTTERANCES]
+    rows += [{**row, "phrase": WORDS[i - 1], "label": 0, "kind": "random"} for i, row in enumerate(UTTERANCES)]
+    run = trainer(
+        tmp_path,
+        train_dataset=KwsTrialDataset(rows),
+        max_steps=80,
+        per_device_train_batch_size=14,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+    )
+    run.train()
+    for name in LOSSES:
+        values = logged(run, name)
+        assert np.mean(values[-5:]) < 0.7 * np.mean(values[:3]), name
+
+
+def test_accumulation_is_the_larger_batch(tmp_path):
+    # Seven rows in two micro-batches of four and three: the rows count alike, not the micro-batches.
+    pairs = KwsPairDataset(UTTERANCES)
+    settings = {"max_steps": 3, "learning_rate": 1e-3, "optim": "sgd", "max_grad_norm": 0.0}
+    runs = []
+    for size, count in [(8, 1), (4, 2), (2, 4)]:
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": count}
+        runs.append(trainer(tmp_path, tiny_model(frozen_norms=True), pairs, **sizes, **settings))
+        runs[-1].train()
+    assert_same_run(runs[1], runs[0])
+    assert_same_run(runs[2], runs[0])
+
+
+def test_loss_is_the_weighted_sum(tmp_path):
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    expected = [2 * a + b + 5 * c for a, b, c in zip(*(logged(run, name) for name in LOSSES), strict=True)]
+    assert logged(run, "loss") == pytest.approx(expected, rel=1e-3)
+    run = trainer(tmp_path, max_steps=1, utterance_loss_weight=1.0, prefix_loss_weight=0.0, ctc_loss_weight=0.0)
+    run.train()
+    assert logged(run, "loss") == pytest.approx(logged(run, "utterance_loss"), rel=1e-3)
+
+
+def test_phonemes_come_first_if_wanted(tmp_path):
+    run = trainer(tmp_path, max_steps=2, ctc_steps=2, weight_decay=0.0)
+    before = weights_of(run)
+    run.train()
+    moved = {name for name, weight in weights_of(run).items() if not torch.equal(weight, before[name])}
+    assert any(name.startswith("encoder") for name in moved) and "ctc_head.weight" in moved
+    assert not any(name.startswith(("matcher", "head", "phoneme_embedding")) for name in moved)
+
+
+def test_resuming_is_as_if_nothing_had_happened(tmp_path):
+    pairs = KwsPairDataset(UTTERANCES * 2, augmenter=KwsAugmenter())
+    settings = {"max_steps": 6, "train_dataset": pairs, "hide_stripes": True}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    # The data has an epoch of four steps: it stops in the second.
+    trainer(tmp_path / "parts", **settings, save_strategy="steps", save_steps=5).train()
+    resumed = trainer(tmp_path / "parts", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-5"))
+    assert pairs.epoch == 1
+    assert logged(resumed, "ctc_loss") == pytest.approx(logged(whole, "ctc_loss"), rel=1e-5)
+    torch.testing.assert_close(weights_of(resumed), weights_of(whole))
+
+
+def test_evaluation_tells_negatives_apart(tmp_path):
+    pairs = KwsPairDataset(UTTERANCES, every_kind=True)
+    run = trainer(tmp_path, eval_dataset=pairs, hide_stripes=True, per_device_eval_batch_size=5)
+    figures = run.evaluate()
+    for name in ("auc", "eer", "random_auc", "random_eer", "hard_auc", "hard_eer", "confusable_auc"):
+        assert 0 <= figures[f"eval_{name}"] <= 1
+    assert figures["eval_loss"] == pytest.approx(
+        2 * figures["eval_utterance_loss"] + figures["eval_prefix_loss"] + 5 * figures["eval_ctc_loss"], rel=1e-3
+    )
+    # The same, whatever the batches are.
+    other = trainer(tmp_path, eval_dataset=pairs, per_device_eval_batch_size=28).evaluate()
+    for name in ("eval_loss", "eval_auc", "eval_hard_eer"):
+        assert figures[name] == pytest.approx(other[name], rel=1e-4)
+
+
+def test_figures_are_pooled_and_leave_out_what_is_not_there():
+    draw = Random(0)
+    logits = np.array([2.0, 1.0, 1.5, -1.0, 0.5, 1.2])
+    labels, kinds = np.array([1, 1, 0, 0, 0, 0]), np.array([0, 0, 2, 1, 1, 2])
+    order = list(range(6))
+    draw.shuffle(order)
+    figures = detection_metrics(EvalPrediction(logits[order], (labels[order], kinds[order])))
+    assert figures["random_auc"] == 1 and figures["random_eer"] == 0
+    assert figures["hard_auc"] == 0.5 and figures["auc"] == 0.75
+    assert "confusable_auc" not in figures
+    assert detection_metrics(EvalPrediction(logits[:2], (labels[:2], kinds[:2]))) == {}
+
+
+def test_model_and_processor_are_saved(tmp_path):
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    run.save_model()
+    assert isinstance(AutoModel.from_pretrained(tmp_path), SlickForKeywordSpotting)
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path), KwsProcessor)
+    assert math.isfinite(logged(run, "loss")[0])
+
+
+def test_bad_settings_are_named(tmp_path):
+    for setting, message in [
+        ({"ctc_loss_weight": -1.0}, "`ctc_loss_weight` must not be negative"),
+        ({name + "_weight": 0.0 for name in LOSSES}, "are all 0"),
+        ({"ctc_steps": 3, "ctc_loss_weight": 0.0}, "which is 0"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor`"),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "`dataloader_persistent_workers=True`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            KwsTrainingConfig(str(tmp_path), **setting)
+    with pytest.raises(TypeError, match="`args` must be a KwsTrainingConfig"):
+        KwsTrainer(model=tiny_model(), args=TrainingArguments(str(tmp_path)))
+    settings = KwsTrainingConfig(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(TypeError, match="`processing_class` must be a KwsProcessor"):
+        KwsTrainer(model=tiny_model(), args=settings, processing_class=KwsFeatureExtractor())
+    with pytest.raises(ValueError, match="makes 40 channels and the model takes 80"):
+        KwsTrainer(
+            model=tiny_model(), args=settings, processing_class=KwsProcessor(KwsFeatureExtractor(feature_size=40))
+        )
+
+
+def test_recorded_commands_are_learned_from(tmp_path, shared_data):
+    """From a folder of recordings to falling losses, by the public names alone."""
+    words = ["yes", "no", "stop", "seven", "happy"]
+    rows = load_speech_commands(shared_data / "speech" / "speech_commands", words=words)[::4]
+    pairs = KwsPairDataset(rows, augmenter=KwsAugmenter(max_margin=0.1))
+    run = trainer(tmp_path, train_dataset=pairs, max_steps=16, per_device_train_batch_size=8, learning_rate=1e-2)
+    run.train()
+    for name in ("loss", "ctc_loss"):
+        values = logged(run, name)
+        assert np.mean(values[-3:]) < 0.8 * np.mean(values[:3]), name
+    figures = run.evaluate(KwsPairDataset(rows, every_kind=True))
+    assert 0 <= figures["eval_hard_auc"] <= 1
