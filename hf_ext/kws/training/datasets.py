@@ -75,7 +75,9 @@ def read_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> torch.Tens
     """
     audio = row["audio"]
     start, end = (float(row[name]) if row.get(name) not in (None, "") else None for name in ("start", "end"))
-    if isinstance(audio, Mapping) and "array" in audio:
+    # What `datasets` decodes with torchcodec has the samples under the same names, without being a mapping.
+    decoded = "array" in audio if isinstance(audio, Mapping) else not isinstance(audio, (str, os.PathLike))
+    if decoded:
         rate, name = int(audio["sampling_rate"]), "array"
         samples = np.asarray(audio["array"])[int((start or 0) * rate) : None if end is None else int(end * rate)]
     else:
@@ -276,7 +278,12 @@ class KwsPairDataset(KwsTrialDataset):
             return text
         spoken = self._phonemes[text]
         if kind == "confusable":
-            made = confusable_phonemes(spoken, drawn_from, kinds=_HARD, max_phonemes=self.max_phonemes)
+            right = self.tokenizer.pronunciations(text)
+            draws = (
+                confusable_phonemes(spoken, drawn_from, _HARD, max_phonemes=self.max_phonemes) for _ in range(100)
+            )
+            # Another pronunciation of the same text is no confusable.
+            made = next(draw for draw in draws if not any(sound_alike(draw, other) for other in right))
             return f"{{{' '.join(made)}}}"
         if kind == "hard" and (near := self.hard_negatives(text)):
             return drawn_from.choice(near)

@@ -335,14 +335,15 @@ def _speak(clip: SpokenClip, folder: Path, rate: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         wave = str(Path(scratch) / "clip.wav")
         command, text = _command(clip, wave)
-        ran = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_SECONDS_PER_CLIP)
+        problem = f"no answer within {_SECONDS_PER_CLIP} s"
         try:
+            ran = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_SECONDS_PER_CLIP)
+            problem = f"exit status {ran.returncode}: {ran.stderr.strip() or 'no message'}"
             samples, own_rate = soundfile.read(wave, dtype="float32")
             mono = to_mono_float(samples, None, name=clip.text)
-        except (soundfile.LibsndfileError, ValueError) as error:
+        except (soundfile.LibsndfileError, ValueError, subprocess.TimeoutExpired) as error:
             raise RuntimeError(
-                f"{clip.engine} (voice {clip.voice}) wrote no audio for the phrase {clip.text!r}, exit status "
-                f"{ran.returncode}: {ran.stderr.strip() or 'no message'}"
+                f"{clip.engine} (voice {clip.voice}) wrote no audio for the phrase {clip.text!r}: {problem}"
             ) from error
         # What is interrupted leaves no half of a clip.
         partial = target.with_name(f"{target.name}.{os.getpid()}.partial")

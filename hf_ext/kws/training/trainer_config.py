@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
@@ -49,7 +48,7 @@ class KwsTrainingConfig(TrainingArguments):
     ctc_steps: int = field(default=0, metadata={"help": "First steps, in which phonemes alone are learned."})
     hide_stripes: bool = field(default=False, metadata={"help": "Hide stripes of the features in training."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of AdamW."})
-    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or their share below 1."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it off: the collator needs them all."})
     label_names: list[str] | None = field(

@@ -49,6 +49,17 @@ def test_every_kind_says_what_it_is():
     assert "volume down" in pairs.hard_negatives("volume up")
 
 
+def test_no_pronunciation_of_the_text_is_a_made_up_confusable():
+    pairs = KwsPairDataset(utterances(["a", "the", "either"]), shares={"confusable": 1}, seed=0)
+    right = {text: pairs.tokenizer.pronunciations(text) for text in ("a", "the", "either")}
+    for epoch in range(60):
+        pairs.set_epoch(epoch)
+        for pair in pairs:
+            assert not any(
+                sound_alike(pairs.tokenizer.tokenize(pair["phrase"]), spoken) for spoken in right[pair["text"]]
+            )
+
+
 def test_shares_are_kept_and_draws_belong_to_place_and_epoch():
     pairs = KwsPairDataset(utterances(copies=150), shares={"positive": 0.5, "random": 0.3, "hard": 0.2})
     drawn = [pairs._trial(i, Random(i))["kind"] for i in range(len(pairs))]
@@ -115,6 +126,12 @@ def test_audio_comes_from_files_bytes_and_arrays(tmp_path):
     assert len(read_audio({"audio": path}, sampling_rate=8000)) == 8000
     array = {"array": wave, "sampling_rate": 16000}
     np.testing.assert_allclose(read_audio({"audio": array, "start": 0.25, "end": 0.5}), wave[4000:8000])
+
+    class Decoder:
+        def __getitem__(self, name):
+            return array[name]
+
+    np.testing.assert_allclose(read_audio({"audio": Decoder()}), wave)
     with pytest.raises(ValueError, match="is empty"):
         read_audio({"audio": path, "start": 3.0, "end": 4.0})
     (tmp_path / "b.wav").write_bytes(b"no audio")

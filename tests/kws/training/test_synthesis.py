@@ -137,3 +137,13 @@ def test_bad_input_is_named(monkeypatch, tmp_path):
         synthesize_phrases(["!?"], tmp_path)
     with pytest.raises(ValueError, match="`num_proc` must be at least 1"):
         synthesize_phrases(["yes"], tmp_path, num_proc=0)
+
+
+@pytest.mark.parametrize(("command", "problem"), [("exit 3", "exit status 3"), ("sleep 9", "no answer within")])
+def test_failing_engine_is_reported_with_its_phrase(command, problem, monkeypatch, tmp_path):
+    monkeypatch.setattr(synthesis, "installed_engines", lambda: ["flite"])
+    monkeypatch.setattr(synthesis, "_command", lambda clip, output: (["sh", "-c", command], ""))
+    monkeypatch.setattr(synthesis, "_SECONDS_PER_CLIP", 0.2)
+    with pytest.raises(RuntimeError, match=f"for the phrase 'yes'.*{problem}"):
+        synthesize_phrases(["yes"], tmp_path, disable_tqdm=True)
+    assert not list(tmp_path.rglob("*.flac"))

@@ -6,7 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor, EvalPrediction, TrainingArguments
+from transformers import AutoModel, AutoProcessor, EvalPrediction, HfArgumentParser, TrainingArguments
 
 from hf_ext import (
     KwsFeatureExtractor,
@@ -148,6 +148,22 @@ def test_resuming_is_as_if_nothing_had_happened(tmp_path):
     assert pairs.epoch == 1
     assert logged(resumed, "ctc_loss") == pytest.approx(logged(whole, "ctc_loss"), rel=1e-5)
     torch.testing.assert_close(weights_of(resumed), weights_of(whole))
+
+
+def test_workers_draw_the_pairs_of_each_epoch(tmp_path):
+    settings = {"max_steps": 4, "train_dataset": KwsPairDataset(UTTERANCES)}
+    runs = [trainer(tmp_path, **settings, dataloader_num_workers=count) for count in (0, 1)]
+    for run in runs:
+        run.train()
+    assert_same_run(runs[1], runs[0])
+
+
+def test_settings_come_from_the_command_line(tmp_path):
+    (args,) = HfArgumentParser(KwsTrainingConfig).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--ctc_loss_weight", "3", "--ctc_steps", "7", "--hide_stripes"]
+    )
+    assert (args.ctc_loss_weight, args.ctc_steps, args.hide_stripes) == (3.0, 7, True)
+    assert (args.label_names, args.lr_scheduler_type) == (["labels", "pair_kinds"], "cosine")
 
 
 def test_evaluation_tells_negatives_apart(tmp_path):
