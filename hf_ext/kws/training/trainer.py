@@ -24,7 +24,8 @@ class KwsTrainer(Trainer):
     batch, as a conformer's convolutions do, still sees one micro-batch at a time.)
 
     It logs the unweighted losses. An evaluation also logs, pooled over all phrases with one threshold, `auc` and `eer`
-    against all negatives and, for each kind of negative in the data, `random_auc`, `random_eer`, `hard_auc` and so on.
+    against all negatives and, for each kind of negative in the data, `random_auc`, `random_eer`, `hard_auc` and so on. (On
+    several processes, pairs that fill up the last batch count twice in the evaluated losses, and once in these figures.)
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
