@@ -185,6 +185,9 @@ class KwsPairDataset(KwsTrialDataset):
             Nearest phrases that a hard negative is drawn from.
         max_phonemes (`int`, *optional*, defaults to `25`):
             Utterances and phrases with more are left out.
+        contained_is_negative (`bool`, *optional*, defaults to `True`):
+            Whether a phrase that is heard inside what was said, "volume up" in "turn the volume up", may be a negative, as
+            the papers label it. What is to find phrases inside of running speech is better off without.
         sampling_rate (`int`, *optional*, defaults to `16000`), augmenter ([`KwsAugmenter`], *optional*), seed (`int`,
         *optional*, defaults to `0`):
             As in [`KwsTrialDataset`].
@@ -215,6 +218,7 @@ class KwsPairDataset(KwsTrialDataset):
         vocabulary: Sequence[str] = (),
         num_neighbours: int = 10,
         max_phonemes: int = 25,
+        contained_is_negative: bool = True,
         sampling_rate: int = 16000,
         augmenter: KwsAugmenter | None = None,
         seed: int = 0,
@@ -229,6 +233,7 @@ class KwsPairDataset(KwsTrialDataset):
         self.every_kind = every_kind
         self.num_neighbours = num_neighbours
         self.max_phonemes = max_phonemes
+        self.contained_is_negative = contained_is_negative
         self.tokenizer = tokenizer or PhonemeTokenizer()
         texts = _column(utterances, "text")
         self._phonemes = {text: tuple(self.tokenizer.tokenize(text)) for text in dict.fromkeys([*texts, *vocabulary])}
@@ -255,7 +260,10 @@ class KwsPairDataset(KwsTrialDataset):
             ends: list[str] = []
             for end in ("prefix", "suffix"):
                 ends += self._index.sharing(text, end)[: self.num_neighbours // 2]
-            self._hard[text] = list(dict.fromkeys(near + ends))
+            spoken = [self._phonemes[text]]
+            self._hard[text] = [
+                phrase for phrase in dict.fromkeys(near + ends) if self._differs(self._phonemes[phrase], spoken)
+            ]
         return self._hard[text]
 
     def _trial(self, index: int, drawn_from: Random) -> Mapping[str, Any]:
@@ -283,16 +291,25 @@ class KwsPairDataset(KwsTrialDataset):
                 confusable_phonemes(spoken, drawn_from, _HARD, max_phonemes=self.max_phonemes) for _ in range(100)
             )
             # Another pronunciation of the same text is no confusable.
-            made = next(draw for draw in draws if not any(sound_alike(draw, other) for other in right))
+            made = next((draw for draw in draws if self._differs(draw, right)), None)
+            # A single phoneme, say, has others that can't be told apart from it alone.
+            made = made or confusable_phonemes(spoken, drawn_from, ("substitute",), max_edits=1)
             return f"{{{' '.join(made)}}}"
         if kind == "hard" and (near := self.hard_negatives(text)):
             return drawn_from.choice(near)
         others = (drawn_from.choice(self.phrases) for _ in range(100))
-        apart = (phrase for phrase in others if not sound_alike(self._phonemes[phrase], spoken))
+        apart = (phrase for phrase in others if self._differs(self._phonemes[phrase], [spoken]))
         # Where nearly all of the vocabulary sounds the same, drawing may fail.
         return next(apart, None) or next(
             phrase for phrase in self.phrases if not sound_alike(self._phonemes[phrase], spoken)
         )
+
+    def _differs(self, phrase: Sequence[str], spoken: Sequence[Sequence[str]]) -> bool:
+        """Whether the phrase is a negative for what was said, in any of its pronunciations."""
+        if self.contained_is_negative:
+            return not any(sound_alike(phrase, other) for other in spoken)
+        windows = (other[i : i + len(phrase)] for other in spoken for i in range(len(other)))
+        return not any(sound_alike(phrase, window) for window in windows)
 
 
 @dataclass

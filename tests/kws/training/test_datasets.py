@@ -60,6 +60,20 @@ def test_no_pronunciation_of_the_text_is_a_made_up_confusable():
             )
 
 
+def test_phrases_inside_of_the_spoken_one_are_left_out_if_wanted():
+    words = ["turn the volume up", "volume up", "turn", "volume down"]
+    pairs = KwsPairDataset(utterances(words), every_kind=True)
+    assert "volume up" in pairs.hard_negatives(words[0])
+    pairs = KwsPairDataset(utterances(words), every_kind=True, contained_is_negative=False)
+    assert pairs.hard_negatives(words[0]) == ["volume down"]
+    said = " ".join(phoneme.rstrip("012") for phoneme in pairs.tokenizer.tokenize(words[0]))
+    for epoch in range(20):
+        pairs.set_epoch(epoch)
+        for i in range(1, 4):
+            asked = " ".join(phoneme.rstrip("012") for phoneme in pairs.tokenizer.tokenize(pairs[i]["phrase"]))
+            assert asked not in said
+
+
 def test_shares_are_kept_and_draws_belong_to_place_and_epoch():
     pairs = KwsPairDataset(utterances(copies=150), shares={"positive": 0.5, "random": 0.3, "hard": 0.2})
     drawn = [pairs._trial(i, Random(i))["kind"] for i in range(len(pairs))]
