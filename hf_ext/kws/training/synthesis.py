@@ -325,7 +325,8 @@ def _espeak_phonemes(arpabet: str) -> str:
         # An unstressed AH or ER is a schwa.
         schwa = {"AH0": "@", "ER0": "3"}.get(phoneme)
         spoken.append(mark + (schwa or _ESPEAK_PHONEMES.get(bare, bare.lower())))
-    return f" [[{''.join(spoken)}]] "
+    # With bars between them a T and an SH stay two sounds.
+    return f" [[{'|'.join(spoken)}]] "
 
 
 def _speak(clip: SpokenClip, folder: Path, rate: int) -> None:

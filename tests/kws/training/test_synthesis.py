@@ -1,11 +1,13 @@
 """Word lists become folders of spoken clips."""
 
 import csv
+import subprocess
 
 import numpy as np
 import pytest
 import soundfile
 
+from hf_ext import PhonemeTokenizer
 from hf_ext.kws.training import synthesis
 from hf_ext.kws.training.synthesis import ENGINES, SpokenClip, installed_engines, plan_clips, synthesize_phrases
 
@@ -73,7 +75,20 @@ def test_phonemes_in_braces_are_spoken_as_such(tmp_path):
     ]
     assert all(len(rows_of(folder)) == 1 for folder in made)
     clip = SpokenClip("{HH EY1} you", "espeak-ng", "en-us+f1", 1.0, 1.0)
-    assert synthesis._command(clip, "x.wav")[1] == " [[h'eI]]  you"
+    assert synthesis._command(clip, "x.wav")[1] == " [[h|'eI]]  you"
+
+
+@needs("espeak-ng")
+@pytest.mark.parametrize(
+    "word", ["judge", "measure", "church", "father", "boy", "yellow", "shower", "either", "singing"]
+)
+def test_phonemes_are_what_the_engine_itself_says(word):
+    phonemes = synthesis._espeak_phonemes(" ".join(PhonemeTokenizer().tokenize(word)))
+    said = [
+        subprocess.run(["espeak-ng", "-v", "en-us", "-q", "-x", text], capture_output=True, text=True).stdout.strip()
+        for text in (word, phonemes)
+    ]
+    assert said[0] == said[1]
 
 
 @needs_any
