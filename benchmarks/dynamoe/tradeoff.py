@@ -184,20 +184,17 @@ def summary(values: list[float]) -> str:
 def tables(rows: list[dict[str, Any]], dense_before: float) -> tuple[list[Table], str]:
     """The comparison at equal shares, the knob, and a sentence."""
     contenders = sorted({row["contender"] for row in rows})
-    curves: dict[str, list[list[dict[str, float]]]] = {}
+    curves: dict[str, dict[int, list[dict[str, float]]]] = {}
     for name in contenders:
         # Fixed experts of all shares are one curve: a model each.
         curve = "fixed, one model each" if name.startswith("fixed") else name
-        by_seed = curves.setdefault(curve, [])
-        for number, row in enumerate(sorted((r for r in rows if r["contender"] == name), key=lambda r: r["seed"])):
-            if number == len(by_seed):
-                by_seed.append([])
-            by_seed[number].extend(row["points"])
+        for row in (r for r in rows if r["contender"] == name):
+            curves.setdefault(curve, {}).setdefault(row["seed"], []).extend(row["points"])
     comparison = []
     for name, by_seed in curves.items():
         cells: list[Any] = [name, len(by_seed)]
         for share in (*SHARES, 1.0):
-            values = [v for points in by_seed if (v := at_share(points, share)) is not None]
+            values = [v for points in by_seed.values() if (v := at_share(points, share)) is not None]
             cells.append(summary(values) if values else None)
         comparison.append(cells)
     knob = []
@@ -211,7 +208,7 @@ def tables(rows: list[dict[str, Any]], dense_before: float) -> tuple[list[Table]
                 [sensitivity, share, IMPLIED.get(sensitivity), value, f"{100 * (value / dense_before - 1):+.1f} %"]
             )
     lead = f"Perplexity of the dense model before: {dense_before:.3f}."
-    half = {name: [at_share(points, 0.5) for points in by_seed] for name, by_seed in curves.items()}
+    half = {name: [at_share(points, 0.5) for points in by_seed.values()] for name, by_seed in curves.items()}
     means = {n: statistics.mean(v) for n, values in half.items() if (v := [x for x in values if x is not None])}
     routed = {n: m for n, m in means.items() if n.startswith("routed")}
     others = {n: m for n, m in means.items() if not n.startswith("routed")}
@@ -232,7 +229,7 @@ def tables(rows: list[dict[str, Any]], dense_before: float) -> tuple[list[Table]
             [
                 "sensitivity",
                 "share of the MLPs",
-                "implied by the paper (7B, projection)",
+                "implied by the paper (7B)",
                 "perplexity",
                 "against dense",
             ],
@@ -263,10 +260,15 @@ def main(args: Arguments) -> None:
             row = {"contender": contender, "seed": seed, "seconds": seconds, "points": measured(moe, contender, test)}
             with open(folder / f".{name}.lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # another call may have written meanwhile
-                rows = [*_rows(folder / f"{name}.json"), row]
-                parts, lead = tables(rows, dense_before)
-                title = f"Nested experts of {last_part(args.model)}: quality against compute"
-                write(name, title, parts, {"dense_before": dense_before, "rows": rows}, dense, args.results_dir, lead)
+                report(args, name, [*_rows(folder / f"{name}.json"), row], dense_before, dense)
+    report(args, name, _rows(folder / f"{name}.json"), dense_before, dense)
+
+
+def report(args: Arguments, name: str, rows: list[dict[str, Any]], dense_before: float, dense: Any) -> None:
+    """Writes all figures and the tables."""
+    parts, lead = tables(rows, dense_before)
+    title = f"Nested experts of {last_part(args.model)}: quality against compute"
+    write(name, title, parts, {"dense_before": dense_before, "rows": rows}, dense, args.results_dir, lead)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
