@@ -9,6 +9,7 @@ All contenders take turns within one run; ratios are of medians. `fixed` gives a
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,10 @@ from benchmarks.mtp.reporting import Table, write
 from hf_ext import convert_to_dynamoe
 
 
+# Different tokens that the MLPs are timed on.
+INPUTS = 64
+
+
 @dataclass
 class Arguments:
     hidden_size: int = field(default=2048, metadata={"help": "Width of the model."})
@@ -32,7 +37,7 @@ class Arguments:
     prompt_length: int = field(default=512, metadata={"help": "Tokens of a prefill."})
     context: int = field(default=128, metadata={"help": "Tokens in the cache at a decoding step."})
     rounds: int = field(
-        default=15, metadata={"help": "Timed decoding steps of each contender; a fifth as many prefills."}
+        default=32, metadata={"help": "Timed decoding steps of each contender; a fifth as many prefills."}
     )
     dtype: str = field(default="float32", metadata={"help": "Number format."})
     device: str = field(default="cpu", metadata={"help": "Where to run."})
@@ -61,21 +66,20 @@ def build(args: Arguments) -> Any:
     return moe
 
 
-@torch.no_grad()
-def half_sensitivity(moe: Any, ids: torch.Tensor) -> float:
-    """Where the random routers use half of the neurons, by bisection."""
+def bisected(fraction: Callable[[float], float]) -> float:
+    """The sensitivity at which half of the neurons are used."""
     low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
-        moe(ids, sensitivity=middle)
-        low, high = (middle, high) if moe.expert_usage(reset=True).active_fraction < 0.5 else (low, middle)
+        low, high = (middle, high) if fraction(middle) < 0.5 else (low, middle)
     return low
 
 
 @torch.no_grad()
 def active_fraction(moe: Any, ids: torch.Tensor, given: dict[str, Any]) -> float:
     """Share of the neurons that tokens use in one call."""
-    moe.expert_usage(reset=True)
+    moe(ids, **given)
+    moe.expert_usage(reset=True)  # with what was counted before
     moe(ids, **given)
     return moe.expert_usage(reset=True).active_fraction
 
@@ -109,15 +113,32 @@ def _wait(device: torch.device) -> None:
 
 
 def mlp_calls(moe: Any, options: dict[str, dict[str, Any]], length: int) -> dict[str, Callable[[], None]]:
-    """All MLPs one after the other, nothing else, each on the input that it has in the model."""
-    x = torch.randn(1, length, moe.config.base_config.hidden_size, device=moe.device, dtype=moe.dtype)
+    """
+    All MLPs one after the other, nothing else. Each call has other inputs, since one token is no mean: over them the routers
+    use half of the neurons, at a sensitivity found for them.
+    """
+    size = moe.config.base_config.hidden_size
+    inputs = torch.randn(max(1, INPUTS // length), 1, length, size, device=moe.device, dtype=moe.dtype)
+    mlps = moe.nested_mlps()
+
+    @torch.no_grad()
+    def fraction(sensitivity: float) -> float:
+        widths = torch.tensor(moe.config.expert_widths, device=moe.device) / moe.config.expert_widths[-1]
+        chosen = [moe.choices(mlp.router(inputs.flatten(0, 1)), sensitivity) for mlp in mlps]
+        return float(widths[torch.stack(chosen)].mean())
+
+    half = bisected(fraction)
 
     def call(given: dict[str, Any]) -> Callable[[], None]:
+        sensitivity = min(given.get("sensitivity", 1.0), 1.0)
+        sensitivity = half if sensitivity < 1 else sensitivity
+        turns = itertools.cycle(inputs)
+
         def run() -> None:
             with torch.no_grad():
-                sensitivity = given.get("sensitivity", 1.0)
+                x = next(turns)
                 moe.routing.begin(sensitivity, given.get("expert_index"), None, False, False)
-                for mlp in moe.nested_mlps():
+                for mlp in mlps:
                     mlp(x)
                 moe.routing.end()
 
@@ -154,7 +175,7 @@ def main(args: Arguments) -> None:
         torch.set_num_threads(args.threads)
     moe = build(args)
     ids = torch.randint(1024, (1, args.prompt_length), device=moe.device)
-    sensitivity = half_sensitivity(moe, ids)
+    sensitivity = bisected(lambda value: active_fraction(moe, ids, {"sensitivity": value}))
     options = contenders(moe, sensitivity)
     seconds, rows = {}, []
     for what, context, length, rounds in (
@@ -183,8 +204,8 @@ def main(args: Arguments) -> None:
     )
     note = (
         f"{shape}, {args.num_experts} experts, {args.dtype}, random weights, batch 1; decoding behind {args.context} tokens, "
-        f"prefill of {args.prompt_length}. Routers at sensitivity {sensitivity:.3f}; one decoded token takes one expert per "
-        "layer, so its fraction scatters around the mean."
+        f"prefill of {args.prompt_length}. Routers at sensitivity {sensitivity:.3f}; decoding with the whole model is of "
+        "one token, whose fraction is its own."
     )
     name = f"speed_{args.hidden_size}x{args.intermediate_size}x{args.num_layers}_{args.device}"
     write(
