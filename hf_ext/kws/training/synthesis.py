@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
+from xml.sax.saxutils import escape
 
 from tqdm.auto import tqdm
 
@@ -25,76 +26,30 @@ from hf_ext.kws.g2p import check_phonemes
 # The program that has to be there, and the Debian packages that bring it and its voices.
 ENGINES = {
     "espeak-ng": ("espeak-ng", "espeak-ng"),
+    "mbrola": ("mbrola", "espeak-ng mbrola mbrola-us1 mbrola-us2 mbrola-us3 mbrola-en1"),
+    "pico": ("pico2wave", "libttspico-utils"),
     "flite": ("flite", "flite"),
     "festival": ("text2wave", "festival festvox-kallpc16k"),
 }
 _ESPEAK_ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
 # Those of its voices that sound like people.
 _ESPEAK_VARIANTS = [
-    "f1",
-    "f2",
-    "f3",
-    "f4",
-    "f5",
-    "m1",
-    "m2",
-    "m3",
-    "m4",
-    "m5",
-    "m6",
-    "m7",
-    "m8",
-    "Alex",
-    "Alicia",
-    "Andrea",
-    "Andy",
-    "Annie",
-    "Denis",
-    "Diogo",
-    "Gene",
-    "Gene2",
-    "Henrique",
-    "Hugo",
-    "Jacky",
-    "Lee",
-    "Marco",
-    "Mario",
-    "Michael",
-    "Mike",
-    "adam",
-    "anika",
-    "antonio",
-    "aunty",
-    "belinda",
-    "benjamin",
-    "boris",
-    "caleb",
-    "david",
-    "ed",
-    "edward",
-    "grandma",
-    "grandpa",
-    "gustave",
-    "iven",
-    "john",
-    "linda",
-    "marcelo",
-    "max",
-    "michel",
-    "miguel",
-    "norbert",
-    "pablo",
-    "paul",
-    "pedro",
-    "quincy",
-    "rob",
-    "robert",
-    "sandro",
-    "steph",
-    "travis",
-    "victor",
-    "zac",
-]
+    "f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "Alex", "Alicia", "Andrea",
+    "Andy", "Annie", "Denis", "Diogo", "Gene", "Gene2", "Henrique", "Hugo", "Jacky", "Lee", "Marco", "Mario",
+    "Michael", "Mike", "adam", "anika", "antonio", "aunty", "belinda", "benjamin", "boris", "caleb", "david",
+    "ed", "edward", "grandma", "grandpa", "gustave", "iven", "john", "linda", "marcelo", "max", "michel",
+    "miguel", "norbert", "pablo", "paul", "pedro", "quincy", "rob", "robert", "sandro", "steph", "travis",
+    "victor", "zac",
+]  # fmt: skip
+# Recorded voices that espeak-ng speaks English with: four of English, and others with the accent of their own language.
+_MBROLA_VOICES = [
+    "us1", "us2", "us3", "en1", "af1-en", "de1-en", "de2-en", "de3-en", "de4-en", "de5-en", "de6-en", "fr1-en",
+    "fr4-en", "gr2-en", "hu1-en", "nl2-en", "pl1-en", "ro1-en", "sw1-en", "sw2-en",
+]  # fmt: skip
+_MBROLA_FOLDER = Path("/usr/share/mbrola")
+_PICO_VOICES = ("en-US", "en-GB")
+# Those that speak phonemes.
+_PHONEME_ENGINES = ("espeak-ng", "mbrola")
 # Mean pitch in hertz of the voices that are told theirs; the others are told a factor.
 _FLITE_VOICES = {"kal16": 105.0, "awb": None, "rms": None, "slt": None}
 _ESPEAK_WORDS_PER_MINUTE = 160
@@ -137,7 +92,7 @@ class SpokenClip:
 
 
 def installed_engines() -> list[str]:
-    """The synthesisers that this machine has, of espeak-ng, flite and festival."""
+    """The synthesisers that this machine has, of those in `ENGINES`."""
     return [engine for engine, (program, _) in ENGINES.items() if shutil.which(program)]
 
 
@@ -166,9 +121,11 @@ def plan_clips(
     available = _checked_engines(engines)
     clips = []
     for phrase in phrases:
-        able = [engine for engine in available if engine == "espeak-ng" or "{" not in phrase]
+        able = [engine for engine in available if engine in _PHONEME_ENGINES or "{" not in phrase]
         if not able:
-            raise ValueError(f"The phonemes in {phrase!r} can be spoken by espeak-ng alone: add it to `engines`.")
+            raise ValueError(
+                f"The phonemes in {phrase!r} can be spoken by espeak-ng and mbrola alone: add one to `engines`."
+            )
         for i in range(clips_per_phrase):
             generator = Random(f"{seed} {i} {phrase}")
             engine = generator.choice(able)
@@ -197,13 +154,13 @@ def synthesize_phrases(
 
     Args:
         phrases (`Iterable[str]`):
-            What to say. Phonemes in braces, `"{HH EY1} computer"`, are spoken by espeak-ng.
+            What to say. Phonemes in braces, `"{HH EY1} computer"`, are spoken by espeak-ng and mbrola.
         output_dir (`str` or `os.PathLike`):
             The folder.
         clips_per_phrase (`int`, *optional*, defaults to `4`):
             Clips of each phrase.
         engines (`Sequence[str]`, *optional*):
-            Of `"espeak-ng"`, `"flite"` and `"festival"`, drawn alike; by default those that are installed.
+            Of `"espeak-ng"`, `"mbrola"`, `"pico"`, `"flite"` and `"festival"`, drawn alike; by default those that are installed.
         speeds (`tuple[float, float]`, *optional*, defaults to `(0.75, 1.35)`), pitches (`tuple[float, float]`, *optional*,
         defaults to `(0.75, 1.35)`):
             Ranges to draw from, relative to the voice's own. Festival's HTS voices keep their pitch.
@@ -286,7 +243,18 @@ def _checked_engines(engines: Sequence[str] | None) -> list[str]:
 def _voices(engine: str) -> list[str]:
     if engine == "espeak-ng":
         return [f"{accent}+{variant}" for accent in _ESPEAK_ACCENTS for variant in _ESPEAK_VARIANTS]
-    return list(_FLITE_VOICES) if engine == "flite" else _festival_voices()
+    voices = {"mbrola": _mbrola_voices, "festival": _festival_voices, "flite": lambda: list(_FLITE_VOICES)}
+    return voices[engine]() if engine in voices else list(_PICO_VOICES)
+
+
+@lru_cache(maxsize=1)
+def _mbrola_voices() -> list[str]:
+    voices = [voice for voice in _MBROLA_VOICES if (_MBROLA_FOLDER / voice.removesuffix("-en")).exists()]
+    if not voices:
+        raise FileNotFoundError(
+            f"mbrola has no voice. On Debian and Ubuntu: apt-get install -y {ENGINES['mbrola'][1]}"
+        )
+    return voices
 
 
 @lru_cache(maxsize=1)
@@ -300,15 +268,19 @@ def _festival_voices() -> list[str]:
 
 def _command(clip: SpokenClip, output: str) -> tuple[list[str], str]:
     """What to run, and the text for its standard input."""
-    if clip.engine == "espeak-ng":
+    if clip.engine in _PHONEME_ENGINES:
         speed, pitch = round(_ESPEAK_WORDS_PER_MINUTE * clip.speed), min(round(50 * clip.pitch), 99)
-        command = ["espeak-ng", "-v", clip.voice, "-s", str(speed), "-p", str(pitch), "-w", output, "--stdin"]
+        voice = f"mb-{clip.voice}" if clip.engine == "mbrola" else clip.voice
+        command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", output, "--stdin"]
         return command, re.sub(r"\{([^{}]*)\}", lambda match: _espeak_phonemes(match[1]), clip.text)
     if clip.engine == "flite":
         hertz = _FLITE_VOICES[clip.voice]
         pitched = f"int_f0_target_mean={hertz * clip.pitch:g}" if hertz else f"f0_shift={clip.pitch:g}"
         stretch = f"duration_stretch={1 / clip.speed:g}"
         return ["flite", "-voice", clip.voice, "--setf", stretch, "--setf", pitched, "-o", output, "-t", clip.text], ""
+    if clip.engine == "pico":
+        levels = f'<speed level="{100 * clip.speed:.0f}"><pitch level="{100 * clip.pitch:.0f}">'
+        return ["pico2wave", "-l", clip.voice, "-w", output, f"{levels}{escape(clip.text)}</pitch></speed>"], ""
     hertz = _FESTIVAL_PITCH * clip.pitch
     settings = (
         f"(begin (voice_{clip.voice}) (Parameter.set 'Duration_Stretch {1 / clip.speed:g}) (set! int_lr_params "

@@ -55,7 +55,7 @@ def test_folder_has_every_clip_and_datasets_reads_it(tmp_path):
 
 @pytest.mark.parametrize("engine", [pytest.param(engine, marks=needs(engine)) for engine in ENGINES])
 def test_speed_and_pitch_reach_each_engine(engine, tmp_path):
-    voice = {"espeak-ng": "en-us+f3", "flite": "slt", "festival": "kal_diphone"}[engine]
+    voice = synthesis._voices(engine)[0]
     clips = {}
     for speed, pitch in [(0.75, 1.0), (1.3, 1.0), (0.75, 1.3)]:
         clip = SpokenClip("hey computer", engine, voice, speed, pitch)
@@ -132,7 +132,7 @@ def test_missing_engine_names_its_package(monkeypatch):
     with pytest.raises(FileNotFoundError, match="apt-get install -y festival festvox-kallpc16k"):
         plan_clips(["yes"], engines=["flite", "festival"])
     monkeypatch.setattr(synthesis, "installed_engines", lambda: [])
-    with pytest.raises(FileNotFoundError, match="espeak-ng or flite or festival"):
+    with pytest.raises(FileNotFoundError, match="espeak-ng or mbrola or pico or flite or festival"):
         plan_clips(["yes"])
 
 
@@ -144,7 +144,7 @@ def test_bad_input_is_named(monkeypatch, tmp_path):
         plan_clips(["yes"], engines=["sam"])
     with pytest.raises(ValueError, match="`speeds` must be a range"):
         plan_clips(["yes"], speeds=(0.1, 1.0))
-    with pytest.raises(ValueError, match="espeak-ng alone"):
+    with pytest.raises(ValueError, match="espeak-ng and mbrola alone"):
         plan_clips(["{HH EY1}"])
     with pytest.raises(ValueError, match="`clips_per_phrase` must be at least 1"):
         plan_clips(["yes"], clips_per_phrase=0)
