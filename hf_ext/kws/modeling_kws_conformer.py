@@ -188,3 +188,30 @@ class KwsConformerEncoder(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, mask)
         return hidden, mask
+
+
+def phoneme_ctc_loss(logits: torch.Tensor, mask: torch.Tensor, phoneme_labels: torch.Tensor) -> torch.Tensor:
+    """
+    Mean over clips of the CTC loss, each divided by the clip's number of phonemes. Symbol 0 is the blank.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, frames, vocab_size)`):
+            Scores of the symbols by frame.
+        mask (`torch.Tensor` of shape `(batch_size, frames)`):
+            True for frames that are no padding.
+        phoneme_labels (`torch.Tensor` of shape `(batch_size, num_spoken)`):
+            The phonemes that were spoken; -100 or 0 behind them.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
+    targets = phoneme_labels.clamp(min=0)
+    # Clips with more phonemes than frames can't be aligned: they count nothing instead of infinitely much.
+    return F.ctc_loss(
+        logits.float().log_softmax(-1).transpose(0, 1),
+        targets,
+        input_lengths=mask.sum(-1),
+        target_lengths=(targets > 0).sum(-1),
+        blank=0,
+        zero_infinity=True,
+    )

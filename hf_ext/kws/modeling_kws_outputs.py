@@ -51,8 +51,8 @@ class KeywordSpottingOutput(ModelOutput):
             The same for the first phoneme of the phrase, the first two, and so on; where there are phoneme labels.
         ctc_logits (`torch.FloatTensor` of shape `(batch_size, frames, vocab_size)`, *optional*):
             Phonemes by frame; where there are phoneme labels.
-        utterance_loss, prefix_loss, ctc_loss (`torch.FloatTensor` of shape `()`, *optional*):
-            The losses, unweighted.
+        utterance_loss, prefix_loss, ctc_loss, contrastive_loss (`torch.FloatTensor` of shape `()`, *optional*):
+            The losses that the model has, unweighted.
         audio_features ([`KwsAudioFeatures`], *optional*):
             The encoded clips.
     """
@@ -64,4 +64,5 @@ class KeywordSpottingOutput(ModelOutput):
     utterance_loss: torch.Tensor | None = None
     prefix_loss: torch.Tensor | None = None
     ctc_loss: torch.Tensor | None = None
+    contrastive_loss: torch.Tensor | None = None
     audio_features: KwsAudioFeatures | None = None

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from .configuration_slick import SlickConfig
-from .modeling_kws_conformer import KwsConformerAttention, KwsConformerEncoder, sinusoids
+from .modeling_kws_conformer import KwsConformerAttention, KwsConformerEncoder, phoneme_ctc_loss, sinusoids
 from .modeling_kws_outputs import KeywordSpottingOutput, KwsAudioFeatures, KwsTextFeatures
 
 
@@ -273,7 +273,7 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
                 losses["prefix_loss"] = F.binary_cross_entropy_with_logits(prefix_logits, agree)
         if phoneme_labels is not None:
             ctc_logits = self.ctc_head(frames)
-            losses["ctc_loss"] = _ctc_loss(ctc_logits, frame_mask, phoneme_labels)
+            losses["ctc_loss"] = phoneme_ctc_loss(ctc_logits, frame_mask, phoneme_labels)
         weighted = [getattr(self.config, f"{name}_weight") * loss for name, loss in losses.items()]
         return KeywordSpottingOutput(
             loss=torch.stack(weighted).sum() if weighted else None,
@@ -307,16 +307,3 @@ def _prefixes_agree(phrase: torch.Tensor, spoken: torch.Tensor) -> torch.Tensor:
     length = phrase.shape[1]
     spoken = F.pad(spoken[:, :length], (0, max(length - spoken.shape[1], 0)))
     return (phrase == spoken).cumprod(-1)
-
-
-def _ctc_loss(logits: torch.Tensor, mask: torch.Tensor, phoneme_labels: torch.Tensor) -> torch.Tensor:
-    targets = phoneme_labels.clamp(min=0)
-    # Clips with more phonemes than frames can't be aligned: they count nothing instead of infinitely much.
-    return F.ctc_loss(
-        logits.float().log_softmax(-1).transpose(0, 1),
-        targets,
-        input_lengths=mask.sum(-1),
-        target_lengths=(targets > 0).sum(-1),
-        blank=0,
-        zero_infinity=True,
-    )

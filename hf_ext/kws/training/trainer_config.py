@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 
-LOSSES = ("utterance_loss", "prefix_loss", "ctc_loss")
+LOSSES = ("utterance_loss", "prefix_loss", "ctc_loss", "contrastive_loss")
 
 
 @dataclass
@@ -18,8 +18,8 @@ class KwsTrainingConfig(TrainingArguments):
 
     Args:
         utterance_loss_weight (`float`, *optional*), prefix_loss_weight (`float`, *optional*), ctc_loss_weight (`float`,
-        *optional*):
-            Weights of the losses; by default those of the model's configuration, for SLiCK 2, 1 and 5.
+        *optional*), contrastive_loss_weight (`float`, *optional*):
+            Weights of the losses, of those that the model has; by default those of its configuration, for SLiCK 2, 1 and 5.
         ctc_steps (`int`, *optional*, defaults to `0`):
             First steps, in which phonemes alone are learned.
         hide_stripes (`bool`, *optional*, defaults to `False`):
@@ -45,6 +45,10 @@ class KwsTrainingConfig(TrainingArguments):
     ctc_loss_weight: float | None = field(
         default=None, metadata={"help": "Weight of the loss of phonemes; the model's own by default."}
     )
+    contrastive_loss_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the loss of each clip with every phrase; the model's own by default."},
+    )
     ctc_steps: int = field(default=0, metadata={"help": "First steps, in which phonemes alone are learned."})
     hide_stripes: bool = field(default=False, metadata={"help": "Hide stripes of the features in training."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of AdamW."})
@@ -61,8 +65,12 @@ class KwsTrainingConfig(TrainingArguments):
         for name, weight in weights.items():
             if weight is not None and weight < 0:
                 raise ValueError(f"`{name}_weight` must not be negative, got {weight}.")
-        if all(weight == 0 for weight in weights.values()):
-            raise ValueError("`utterance_loss_weight`, `prefix_loss_weight` and `ctc_loss_weight` are all 0.")
+        # Not every model has the contrastive loss: it has to be asked for where nothing else is trained.
+        if all(weights[name] == 0 for name in LOSSES[:3]) and not self.contrastive_loss_weight:
+            raise ValueError(
+                "`utterance_loss_weight`, `prefix_loss_weight` and `ctc_loss_weight` are all 0, and there is no "
+                "`contrastive_loss_weight`."
+            )
         if self.ctc_steps < 0:
             raise ValueError(f"`ctc_steps` must not be negative, got {self.ctc_steps}.")
         if self.ctc_steps and self.ctc_loss_weight == 0:
