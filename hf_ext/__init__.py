@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from hf_ext.dynamoe.shards import convert_checkpoint_to_dynamoe
     from hf_ext.dynamoe.trainer import DynaMoeTrainer
     from hf_ext.dynamoe.trainer_config import DynaMoeTrainingConfig
+    from hf_ext.kws.configuration_kws_conformer import KwsConformerConfig
     from hf_ext.kws.configuration_slick import SlickConfig
     from hf_ext.kws.feature_extraction_kws import KwsFeatureExtractor, KwsStreamState
     from hf_ext.kws.modeling_auto import AutoModelForKeywordSpotting
+    from hf_ext.kws.modeling_kws_conformer_ctc import KwsConformerForCTC
     from hf_ext.kws.modeling_slick import SlickForKeywordSpotting
     from hf_ext.kws.processing_kws import KwsProcessor
+    from hf_ext.kws.spotting.pipeline import KeywordSpottingPipeline
     from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
     from hf_ext.kws.training.augmentation import KwsAugmenter, spec_augment
     from hf_ext.kws.training.corpora import (
@@ -57,7 +60,10 @@ __all__ = [
     "DynaMoeTrainingConfig",
     "GatedLoraConfig",
     "GatedLoraModel",
+    "KeywordSpottingPipeline",
     "KwsAugmenter",
+    "KwsConformerConfig",
+    "KwsConformerForCTC",
     "KwsDataCollator",
     "KwsFeatureExtractor",
     "KwsPairDataset",
@@ -99,7 +105,10 @@ _MODULE_OF_NAME = {
     "DynaMoeTrainingConfig": "hf_ext.dynamoe.trainer_config",
     "GatedLoraConfig": "hf_ext.mtp.configuration",
     "GatedLoraModel": "hf_ext.mtp.gated_lora",
+    "KeywordSpottingPipeline": "hf_ext.kws.spotting.pipeline",
     "KwsAugmenter": "hf_ext.kws.training.augmentation",
+    "KwsConformerConfig": "hf_ext.kws.configuration_kws_conformer",
+    "KwsConformerForCTC": "hf_ext.kws.modeling_kws_conformer_ctc",
     "KwsDataCollator": "hf_ext.kws.training.datasets",
     "KwsFeatureExtractor": "hf_ext.kws.feature_extraction_kws",
     "KwsPairDataset": "hf_ext.kws.training.datasets",

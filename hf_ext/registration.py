@@ -25,10 +25,21 @@ _HOMES_OF_AUTO_CLASSES = {
     "AutoTokenizer": "transformers.models.auto.tokenization_auto",
 }
 
+_HOME_OF_PIPELINES = "transformers.pipelines"
+_KWS_PIPELINE = "hf_ext.kws.spotting.pipeline:KeywordSpottingPipeline"
+_KWS_TASK, _KWS_DEFAULT_MODEL = "keyword-spotting", "slick-small"
+
 # For each configuration, which class of ours each Auto class gives.
 _AUTO_CLASSES = {
     "hf_ext.dynamoe.configuration_dynamoe:DynaMoeConfig": {
         "AutoModelForCausalLM": "hf_ext.dynamoe.modeling_dynamoe:DynaMoeForCausalLM",
+    },
+    "hf_ext.kws.configuration_kws_conformer:KwsConformerConfig": {
+        "AutoFeatureExtractor": "hf_ext.kws.feature_extraction_kws:KwsFeatureExtractor",
+        "AutoModel": "hf_ext.kws.modeling_kws_conformer_ctc:KwsConformerForCTC",
+        "AutoModelForCTC": "hf_ext.kws.modeling_kws_conformer_ctc:KwsConformerForCTC",
+        "AutoProcessor": "hf_ext.kws.processing_kws:KwsProcessor",
+        "AutoTokenizer": "hf_ext.kws.tokenization_phoneme:PhonemeTokenizer",
     },
     "hf_ext.kws.configuration_slick:SlickConfig": {
         "AutoFeatureExtractor": "hf_ext.kws.feature_extraction_kws:KwsFeatureExtractor",
@@ -51,6 +62,8 @@ def register() -> None:
     """Leave the import hooks. They run at once for what is imported already."""
     wrapt.register_post_import_hook(_when_peft_is_imported, "peft")
     wrapt.register_post_import_hook(_when_mtp_is_imported, "hf_ext.mtp")
+    for module in (_HOME_OF_PIPELINES, _KWS_PIPELINE.partition(":")[0]):
+        wrapt.register_post_import_hook(_add_pipeline, module)
     for module in _modules_to_watch():
         wrapt.register_post_import_hook(_fill_auto_tables, module)
 
@@ -94,6 +107,34 @@ def _imported(place: str) -> Any:
     """What is called `"module:name"`; `None` while its module is being executed."""
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name, None)
+
+
+def _add_pipeline(_: ModuleType) -> None:
+    """
+    Make `transformers.pipeline` know the task "keyword-spotting", as soon as both it and our pipeline are imported whole.
+
+    A task that transformers has under this name itself, one day, is left alone.
+    """
+    registry = getattr(sys.modules.get(_HOME_OF_PIPELINES), "PIPELINE_REGISTRY", None)
+    if registry is None or _KWS_TASK in registry.supported_tasks:
+        return
+    pipeline_class = _imported(_KWS_PIPELINE)
+    if pipeline_class is None:
+        return
+
+    from hf_ext.assets import shipped_model, shipped_models
+    from hf_ext.kws.modeling_auto import AutoModelForKeywordSpotting
+
+    there = _KWS_DEFAULT_MODEL in shipped_models()
+    registry.register_pipeline(
+        _KWS_TASK,
+        pipeline_class=pipeline_class,
+        pt_model=AutoModelForKeywordSpotting,
+        default={"model": (shipped_model(_KWS_DEFAULT_MODEL), "main")} if there else None,
+        type="multimodal",
+    )
+    # Saving would take it for code to put beside the model, and loading what was saved then ask for `trust_remote_code`.
+    del pipeline_class._registered_impl
 
 
 def register_peft() -> None:

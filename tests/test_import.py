@@ -162,3 +162,27 @@ def test_peft_that_has_the_method_itself_is_left_alone():
         assert list(PeftType) == members
     """
     run_python(code)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import hf_ext; from transformers import pipeline",
+        "from transformers import pipeline; import hf_ext",
+        "import transformers.pipelines; import hf_ext",
+        "import hf_ext.kws.spotting.pipeline",
+        "from hf_ext import KeywordSpottingPipeline",
+    ],
+)
+def test_transformers_knows_the_pipeline_once_whichever_import_comes_first(first):
+    code = f"""
+        {first}
+        import hf_ext
+        from transformers.pipelines import PIPELINE_REGISTRY, check_task
+        task = check_task("keyword-spotting")[1]
+        assert task["impl"] is hf_ext.KeywordSpottingPipeline
+        assert task["pt"] == (hf_ext.AutoModelForKeywordSpotting,)
+        hf_ext.registration.register()
+        assert PIPELINE_REGISTRY.supported_tasks["keyword-spotting"] is task
+    """
+    run_python(code)

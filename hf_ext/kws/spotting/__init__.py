@@ -1,0 +1,1 @@
+"""Finding typed phrases in audio: the pipeline and what streams."""

@@ -1,0 +1,367 @@
+"""`pipeline("keyword-spotting")`: which of these typed phrases does a clip hold?"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.pipelines.base import ChunkPipeline
+
+from hf_ext.kws.audio_input import check_sampling_rate, resample, to_mono_float
+from hf_ext.kws.training.datasets import read_audio
+
+
+FUNCTIONS = ("sigmoid", "none")
+
+
+@dataclass(frozen=True)
+class EnrolledPhrases:
+    """
+    Phrases as a model has them, encoded once for any number of clips.
+
+    Args:
+        labels (`list[str]`):
+            The phrases.
+        owners (`list[int]`):
+            For each pronunciation the place of its phrase in `labels`.
+        text (`Any`):
+            What `get_text_features` of the model returned, a row per pronunciation.
+    """
+
+    labels: list[str]
+    owners: list[int]
+    text: Any
+
+
+class KeywordSpottingPipeline(ChunkPipeline):
+    """
+    Text-defined keyword spotting with any model of [`AutoModelForKeywordSpotting`]: `pipeline("keyword-spotting")`.
+
+    Each phrase has a score of its own, the chance that it is in the clip; the scores of several phrases don't add up to 1.
+    A phrase with several pronunciations counts by the best of them. Clips longer than `chunk_length_s` are heard in
+    overlapping windows, of which the best counts. Audio is decoded by soundfile, at any rate and with any number of channels.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model. [`~transformers.pipeline`] takes `slick-small` of this package if none is given.
+        processor ([`KwsProcessor`]):
+            The model's.
+        candidate_labels, chunk_length_s and the rest:
+            Those of a call may be given beforehand, here. Phrases are then encoded once for all calls.
+        **kwargs:
+            As in [`~transformers.Pipeline`].
+
+    Example:
+
+    ```python
+    >>> import hf_ext
+    >>> import numpy as np
+    >>> from transformers import pipeline
+
+    >>> config = hf_ext.SlickConfig(num_hidden_layers=1)
+    >>> spotter = pipeline(
+    ...     "keyword-spotting", model=hf_ext.SlickForKeywordSpotting(config), processor=hf_ext.KwsProcessor(), device="cpu"
+    ... )
+    >>> clip = {"array": np.zeros(16000, dtype=np.float32), "sampling_rate": 16000}
+    >>> answers = spotter(clip, candidate_labels=["hey computer", "lights on"])
+    >>> sorted(answer["label"] for answer in answers)
+    ['hey computer', 'lights on']
+    ```
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model.eval()
+
+    def __call__(self, audio: Any, candidate_labels: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """
+        Look for phrases in one clip or several.
+
+        Args:
+            audio (`str`, `os.PathLike`, `bytes`, `np.ndarray`, `dict`, or a list, dataset or generator of them):
+                A path, the bytes of a file, samples (with `sampling_rate`), or a row of a dataset: `{"array" or "raw",
+                "sampling_rate"}`, `{"path", "bytes"}`, `{"audio": any of these}` with `start` and `end` in seconds, if
+                wanted.
+            candidate_labels (`str` or `list[str]`):
+                English phrases, with phonemes in braces where wanted (`"{HH EY1} computer"`); in one string, with commas
+                between.
+            sampling_rate (`int`, *optional*):
+                Rate of audio that is given as bare samples.
+            channel_axis (`int`, *optional*):
+                Axis of the channels of such samples, `-1` as soundfile reads them. They are averaged. `None` for mono.
+            chunk_length_s (`float`, *optional*, defaults to `3.0`):
+                Seconds of a window. With 0, each clip is one window.
+            stride_length_s (`float` or `tuple[float, float]`, *optional*, defaults to `chunk_length_s / 4`):
+                Seconds that a window shares with the one before and with the one after it, as in other audio pipelines:
+                the next begins `chunk_length_s` less both later. A phrase no longer than both lies whole in some window.
+            max_pronunciations (`int`, *optional*, defaults to `8`):
+                At most so many of a phrase are looked for.
+            function_to_apply (`str`, *optional*, defaults to `"sigmoid"`):
+                `"sigmoid"` for chances, `"none"` for log odds.
+            batch_size (`int`, *optional*), num_workers (`int`, *optional*):
+                As in [`~transformers.Pipeline`]. Windows are what is batched.
+
+        Returns:
+            `list[dict]`, or one for each clip: `{"label", "score"}` for each phrase, the highest score first. A dataset or
+            generator gives an iterator.
+
+        Raises:
+            ValueError: if there are no `candidate_labels`, one can't be pronounced or is too long for the model, the audio
+                is empty, can't be decoded or has values that are not finite, its rate is unknown, or a setting is out of
+                its range.
+            FileNotFoundError: if there is no such file.
+            TypeError: if the audio is nothing of the above.
+        """
+        if candidate_labels is not None:
+            kwargs["candidate_labels"] = candidate_labels
+        elif "phrases" not in self._forward_params:
+            raise ValueError(
+                "`candidate_labels` is not given: pass the phrases to look for, such as `candidate_labels=['hey computer', "
+                "'lights on']`."
+            )
+        elif "max_pronunciations" in kwargs:
+            raise ValueError(
+                "`max_pronunciations` says how the phrases are encoded: pass it together with `candidate_labels`."
+            )
+        if isinstance(audio, (list, tuple)) and len(audio) == 0:
+            raise ValueError("`audio` is empty: there is no clip.")
+        if isinstance(audio, tuple):
+            audio = list(audio)
+        if hasattr(audio, "column_names"):
+            # Rows of a datasets.Dataset, which transformers would take for one input.
+            audio = (row for row in audio)
+        return super().__call__(audio, **kwargs)
+
+    def _sanitize_parameters(self, candidate_labels: Any = None, max_pronunciations: int = 8, **settings: Any) -> Any:
+        unknown = set(settings) - {*_PREPROCESSING, "function_to_apply"}
+        if unknown:
+            raise TypeError(
+                f"The pipeline has no settings {sorted(unknown)}; there are {['candidate_labels', 'max_pronunciations', *_PREPROCESSING, 'function_to_apply']}."
+            )
+        preprocessing = {name: settings[name] for name in _PREPROCESSING if settings.get(name) is not None}
+        _check_windows(**{name: preprocessing.get(name) for name in ("chunk_length_s", "stride_length_s")})
+        forward, postprocessing = {}, {}
+        if candidate_labels is not None:
+            phrases = self.enroll(candidate_labels, max_pronunciations)
+            forward["phrases"], postprocessing["labels"] = phrases, phrases.labels
+        if "function_to_apply" in settings:
+            if settings["function_to_apply"] not in FUNCTIONS:
+                raise ValueError(
+                    f"`function_to_apply` must be one of {list(FUNCTIONS)}, got {settings['function_to_apply']!r}."
+                )
+            postprocessing["function_to_apply"] = settings["function_to_apply"]
+        return preprocessing, forward, postprocessing
+
+    @torch.no_grad()
+    def enroll(self, candidate_labels: str | Sequence[str], max_pronunciations: int = 8) -> EnrolledPhrases:
+        """
+        Encode phrases for any number of clips.
+
+        Args:
+            candidate_labels (`str` or `list[str]`), max_pronunciations (`int`, *optional*, defaults to `8`):
+                As in a call.
+
+        Returns:
+            [`EnrolledPhrases`]
+        """
+        labels = _listed(candidate_labels)
+        tokenizer = self.processor.tokenizer
+        spoken = [tokenizer.pronunciations(label, max_pronunciations) for label in labels]
+        owners = [place for place, ways in enumerate(spoken) for _ in ways]
+        ids = [tokenizer.convert_tokens_to_ids(way) for ways in spoken for way in ways]
+        batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
+        try:
+            text = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
+        except ValueError as error:
+            longest = labels[owners[max(range(len(ids)), key=lambda row: len(ids[row]))]]
+            raise ValueError(
+                f"`candidate_labels` has a phrase that the model does not take, {longest!r}: {error}"
+            ) from error
+        return EnrolledPhrases(labels, owners, text)
+
+    def preprocess(
+        self,
+        audio: Any,
+        sampling_rate: int | None = None,
+        channel_axis: int | None = None,
+        chunk_length_s: float = 3.0,
+        stride_length_s: float | tuple[float, float] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        own_rate = self.feature_extractor.sampling_rate
+        samples = read_clip(audio, own_rate, sampling_rate, channel_axis)
+        windows = split_into_windows(samples, own_rate, chunk_length_s, stride_length_s)
+        for number, window in enumerate(windows, start=1):
+            features = self.feature_extractor(window, sampling_rate=own_rate, return_tensors="pt")
+            yield {**features, "is_last": number == len(windows)}
+
+    def _forward(self, model_inputs: Any, phrases: EnrolledPhrases) -> dict[str, Any]:
+        features = model_inputs["input_features"].to(self.dtype)
+        audio = self.model.get_audio_features(features, model_inputs["attention_mask"])
+        by_pronunciation = self.model.score(audio, phrases.text).float()
+        owners = torch.tensor(phrases.owners, device=by_pronunciation.device).expand_as(by_pronunciation)
+        logits = by_pronunciation.new_full((len(by_pronunciation), len(phrases.labels)), -math.inf)
+        # The first entry has to have a row per window: transformers counts windows by it.
+        return {
+            "logits": logits.scatter_reduce(1, owners, by_pronunciation, "amax"),
+            "is_last": model_inputs["is_last"],
+        }
+
+    def postprocess(
+        self, model_outputs: list[dict[str, Any]], labels: list[str], function_to_apply: str = "sigmoid"
+    ) -> list[dict[str, Any]]:
+        logits = torch.cat([window["logits"] for window in model_outputs]).amax(0)
+        scores = logits.sigmoid() if function_to_apply == "sigmoid" else logits
+        # By log odds: chances that are nearly 1 may round to the same number.
+        order = sorted(range(len(labels)), key=lambda place: -float(logits[place]))
+        return [{"label": labels[place], "score": float(scores[place])} for place in order]
+
+
+_PREPROCESSING = ("sampling_rate", "channel_axis", "chunk_length_s", "stride_length_s")
+
+
+def read_clip(
+    audio: Any, own_rate: int, sampling_rate: int | None = None, channel_axis: int | None = None
+) -> torch.Tensor:
+    """
+    A clip in any of the forms that the pipeline takes, as mono floats.
+
+    Args:
+        audio (`Any`), sampling_rate (`int`, *optional*), channel_axis (`int`, *optional*):
+            As in a call of [`KeywordSpottingPipeline`].
+        own_rate (`int`):
+            Rate to return, in hertz.
+
+    Returns:
+        `torch.Tensor` of shape `(num_samples,)`.
+    """
+    row = audio if isinstance(audio, Mapping) and "audio" in audio else {"audio": audio}
+    clip = row["audio"]
+    if isinstance(clip, (bytes, bytearray)):
+        clip = {"bytes": bytes(clip)}
+    if isinstance(clip, Mapping) and "raw" in clip:
+        clip = {**clip, "array": clip["raw"]}
+    if isinstance(clip, Mapping) and "array" in clip:
+        rate = clip.get("sampling_rate", sampling_rate)
+        channel_axis = clip.get("channel_axis", channel_axis)
+        clip = clip["array"]
+    elif isinstance(clip, (np.ndarray, torch.Tensor)):
+        rate = sampling_rate
+    else:
+        return read_audio({**row, "audio": _checked_file(clip)}, own_rate)
+    mono = to_mono_float(clip, channel_axis, name="audio")
+    return resample(_piece(mono, row, check_sampling_rate(rate)), check_sampling_rate(rate), own_rate)
+
+
+def split_into_windows(
+    samples: torch.Tensor,
+    sampling_rate: int,
+    chunk_length_s: float = 3.0,
+    stride_length_s: float | tuple[float, float] | None = None,
+) -> list[torch.Tensor]:
+    """
+    Overlapping windows of one length, the last of which ends where the clip does. A clip no longer than one is one.
+
+    Args:
+        samples (`torch.Tensor` of shape `(num_samples,)`):
+            The clip.
+        sampling_rate (`int`):
+            In hertz.
+        chunk_length_s (`float`, *optional*, defaults to `3.0`), stride_length_s (`float` or `tuple[float, float]`,
+        *optional*):
+            As in a call of [`KeywordSpottingPipeline`].
+
+    Returns:
+        `list[torch.Tensor]`
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_ext.kws.spotting.pipeline import split_into_windows
+
+    >>> [(int(window[0]), len(window)) for window in split_into_windows(torch.arange(80), 10, chunk_length_s=3.0)]
+    [(0, 30), (15, 30), (30, 30), (45, 30), (50, 30)]
+    ```
+    """
+    size = round(chunk_length_s * sampling_rate)
+    if size == 0 or len(samples) <= size:
+        return [samples]
+    shared = sum(_both_sides(chunk_length_s, stride_length_s))
+    step = max(size - round(shared * sampling_rate), 1)
+    starts = [*range(0, len(samples) - size, step), len(samples) - size]
+    return [samples[start : start + size] for start in starts]
+
+
+def _both_sides(chunk_length_s: float, stride_length_s: float | tuple[float, float] | None) -> tuple[float, float]:
+    if stride_length_s is None:
+        return chunk_length_s / 4, chunk_length_s / 4
+    if isinstance(stride_length_s, (int, float)):
+        return stride_length_s, stride_length_s
+    left, right = stride_length_s
+    return left, right
+
+
+def _check_windows(chunk_length_s: float | None, stride_length_s: float | tuple[float, float] | None) -> None:
+    length = 3.0 if chunk_length_s is None else chunk_length_s
+    if not (length == 0 or 0.1 <= length < math.inf):
+        raise ValueError(f"`chunk_length_s` must be 0, for no windows, or at least 0.1, got {chunk_length_s}.")
+    left, right = _both_sides(length, stride_length_s)
+    if min(left, right) < 0 or (length and left + right >= length):
+        raise ValueError(
+            f"`stride_length_s` ({stride_length_s}) must not be negative, and both sides together must be shorter than "
+            f"`chunk_length_s` ({length})."
+        )
+
+
+def _checked_file(clip: Any) -> Any:
+    """The file if it can be one. Else what the user should do instead."""
+    content = clip.get("bytes") if isinstance(clip, Mapping) else None
+    path = clip.get("path") if isinstance(clip, Mapping) else clip
+    if content:
+        return {**clip, "path": path or f"of {len(content)} bytes"}
+    if content == b"":
+        raise ValueError("`audio` has no bytes: the file is empty.")
+    if hasattr(clip, "get_all_samples"):
+        # A decoder of torchcodec, which `datasets` makes where it is installed.
+        return clip
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"`audio` is a {type(clip).__name__}: pass a path, the bytes of a file, an array with its `sampling_rate`, or a "
+            "dict of `array` and `sampling_rate`."
+        )
+    if str(path).startswith(("http://", "https://")):
+        raise ValueError(f"`audio` is an address ({path}): download the file first and pass its path or its bytes.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"`audio` names no file: {os.fspath(path)}")
+    if Path(path).stat().st_size == 0:
+        raise ValueError(f"`audio` is an empty file: {os.fspath(path)}")
+    return clip
+
+
+def _piece(samples: torch.Tensor, row: Mapping[str, Any], rate: int) -> torch.Tensor:
+    start, end = (row.get(name) for name in ("start", "end"))
+    piece = samples[int(float(start or 0) * rate) : None if end in (None, "") else int(float(end) * rate)]
+    if len(piece) == 0:
+        raise ValueError(f"`audio` has no sample from {start} s to {end} s: it is {len(samples) / rate:g} s long.")
+    return piece
+
+
+def _listed(candidate_labels: str | Sequence[str]) -> list[str]:
+    labels = candidate_labels
+    if isinstance(labels, str):
+        labels = [label.strip() for label in labels.split(",") if label.strip()]
+    if isinstance(labels, Mapping) or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"`candidate_labels` must be strings, got {candidate_labels!r}.")
+    if not labels:
+        raise ValueError(f"`candidate_labels` has no phrase to look for, got {candidate_labels!r}.")
+    return list(labels)
