@@ -336,7 +336,7 @@ def _checked_file(clip: Any) -> Any:
         return clip
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(
-            f"`audio` is a {type(clip).__name__}: pass a path, the bytes of a file, an array with its `sampling_rate`, or a "
+            f"`audio` is of type {type(clip).__name__}: pass a path, the bytes of a file, an array with its `sampling_rate`, or a "
             "dict of `array` and `sampling_rate`."
         )
     if str(path).startswith(("http://", "https://")):
