@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from hf_ext.dynamoe.shards import convert_checkpoint_to_dynamoe
     from hf_ext.dynamoe.trainer import DynaMoeTrainer
     from hf_ext.dynamoe.trainer_config import DynaMoeTrainingConfig
+    from hf_ext.kws.configuration_dsp_kws import DspKwsConfig
     from hf_ext.kws.configuration_kws_conformer import KwsConformerConfig
     from hf_ext.kws.configuration_slick import SlickConfig
     from hf_ext.kws.feature_extraction_kws import KwsFeatureExtractor, KwsStreamState
     from hf_ext.kws.modeling_auto import AutoModelForKeywordSpotting
+    from hf_ext.kws.modeling_dsp_kws import DspForKeywordSpotting
     from hf_ext.kws.modeling_kws_conformer_ctc import KwsConformerForCTC
     from hf_ext.kws.modeling_slick import SlickForKeywordSpotting
     from hf_ext.kws.processing_kws import KwsProcessor
@@ -54,6 +56,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoModelForKeywordSpotting",
+    "DspForKeywordSpotting",
+    "DspKwsConfig",
     "DynaMoeConfig",
     "DynaMoeForCausalLM",
     "DynaMoeTrainer",
@@ -99,6 +103,8 @@ __all__ = [
 
 _MODULE_OF_NAME = {
     "AutoModelForKeywordSpotting": "hf_ext.kws.modeling_auto",
+    "DspForKeywordSpotting": "hf_ext.kws.modeling_dsp_kws",
+    "DspKwsConfig": "hf_ext.kws.configuration_dsp_kws",
     "DynaMoeConfig": "hf_ext.dynamoe.configuration_dynamoe",
     "DynaMoeForCausalLM": "hf_ext.dynamoe.modeling_dynamoe",
     "DynaMoeTrainer": "hf_ext.dynamoe.trainer",

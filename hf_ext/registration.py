@@ -41,6 +41,13 @@ _AUTO_CLASSES = {
         "AutoProcessor": "hf_ext.kws.processing_kws:KwsProcessor",
         "AutoTokenizer": "hf_ext.kws.tokenization_phoneme:PhonemeTokenizer",
     },
+    "hf_ext.kws.configuration_dsp_kws:DspKwsConfig": {
+        "AutoFeatureExtractor": "hf_ext.kws.feature_extraction_kws:KwsFeatureExtractor",
+        "AutoModel": "hf_ext.kws.modeling_dsp_kws:DspForKeywordSpotting",
+        "AutoModelForKeywordSpotting": "hf_ext.kws.modeling_dsp_kws:DspForKeywordSpotting",
+        "AutoProcessor": "hf_ext.kws.processing_kws:KwsProcessor",
+        "AutoTokenizer": "hf_ext.kws.tokenization_phoneme:PhonemeTokenizer",
+    },
     "hf_ext.kws.configuration_slick:SlickConfig": {
         "AutoFeatureExtractor": "hf_ext.kws.feature_extraction_kws:KwsFeatureExtractor",
         "AutoModel": "hf_ext.kws.modeling_slick:SlickForKeywordSpotting",
@@ -50,8 +57,10 @@ _AUTO_CLASSES = {
     },
 }
 
-# What our modules take from those of transformers' modules that import Auto classes themselves.
+# What our modules take from those of transformers' modules that import Auto classes themselves, and the last name of the
+# module of ours that several families are made of: none can be imported from within its import.
 _NEEDED_WHOLE = {
+    "hf_ext.kws.modeling_kws_conformer": "phoneme_ctc_loss",
     "transformers.modeling_utils": "PreTrainedModel",
     "transformers.generation.utils": "GenerationMixin",
     "transformers.processing_utils": "ProcessorMixin",

@@ -322,6 +322,9 @@ class KwsDataCollator:
             The model's.
         hide_stripes (`bool`, *optional*, defaults to `False`):
             Whether to hide stripes of the features, see [`spec_augment`]; each row draws its own from the seed of its pair.
+        phoneme_tokenizer ([`PhonemeTokenizer`], *optional*):
+            What tells the phonemes that were spoken. By default the processor's, or one with the packaged lexicon alone where
+            the processor takes words.
 
     Example:
 
@@ -339,6 +342,11 @@ class KwsDataCollator:
 
     processor: KwsProcessor
     hide_stripes: bool = False
+    phoneme_tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        if self.phoneme_tokenizer is None:
+            self.phoneme_tokenizer = PhonemeTokenizer() if self.processor.takes_words else self.processor.tokenizer
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -365,7 +373,7 @@ class KwsDataCollator:
             rows = zip(batch["input_features"].split(1), batch["attention_mask"].split(1), pairs, strict=True)
             hidden = [spec_augment(row, mask, _generator(pair["seed"] + 1)) for row, mask, pair in rows]
             batch["input_features"] = torch.cat(hidden)
-        spoken = self.processor.tokenizer([pair["text"] for pair in pairs], padding=True, return_tensors="pt")
+        spoken = self.phoneme_tokenizer([pair["text"] for pair in pairs], padding=True, return_tensors="pt")
         batch["phoneme_labels"] = spoken["input_ids"].masked_fill(spoken["attention_mask"] == 0, -100)
         batch["labels"] = torch.tensor([float(pair["label"]) for pair in pairs])
         batch["pair_kinds"] = torch.tensor([PAIR_KINDS.index(pair["kind"]) for pair in pairs])

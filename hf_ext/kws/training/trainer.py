@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
+from hf_ext.hub.model_card import kws_model_card
 from hf_ext.kws.processing_kws import KwsProcessor
 from hf_ext.kws.training.datasets import PAIR_KINDS, KwsDataCollator
 from hf_ext.kws.training.trainer_config import LOSSES, KwsTrainingConfig
@@ -185,6 +188,64 @@ class KwsTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._figures("eval").items()})
         return output
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`], with a model card beside the model."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            self._write_card(output_dir or self.args.output_dir)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Writes the model's card, with what it was trained on and what it reached, into the output folder."""
+        self._write_card(self.args.output_dir, model_name, tags, dataset, license)
+
+    def _write_card(
+        self,
+        folder: str,
+        model_name: str | None = None,
+        tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        if not self.is_world_process_zero():
+            return
+        facts = {
+            "trained with": f"{type(self).__name__}, hf_ext, transformers",
+            "training data": dataset if isinstance(dataset, str) else ", ".join(dataset or []),
+            "steps": self.state.global_step,
+            "pairs per step": self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size,
+        }
+        measured: dict[str, float] = next(
+            (entry for entry in reversed(self.state.log_history) if "eval_auc" in entry), {}
+        )
+        card = kws_model_card(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            self.args.hub_model_id or model_name or Path(folder).resolve().name,
+            facts={name: value for name, value in facts.items() if value},
+            figures={
+                name.removeprefix("eval_"): value
+                for name, value in measured.items()
+                if name.endswith(("auc", "eer")) and name.startswith("eval_")
+            },
+            tags=[tags] if isinstance(tags, str) else tags,
+        )
+        if license is not None:
+            card.data.license = license
+        card.save(Path(folder) / "README.md")
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         return self._without_stripes(super().get_eval_dataloader, eval_dataset)
 
@@ -194,7 +255,7 @@ class KwsTrainer(Trainer):
     def _without_stripes(self, make: Any, dataset: Any) -> Any:
         collator: Any = self.data_collator
         if isinstance(collator, KwsDataCollator) and collator.hide_stripes:
-            self.data_collator = KwsDataCollator(collator.processor)
+            self.data_collator = replace(collator, hide_stripes=False)
         try:
             return make(dataset)
         finally:
