@@ -13,6 +13,31 @@ from huggingface_hub import ModelCard, ModelCardData
 TEMPLATES = Path(__file__).parents[1] / "assets" / "templates"
 TAGS = ["hf-ext", "mtp", "multi-token-prediction", "speculative-decoding", "arxiv:2507.11851"]
 DYNAMOE_TAGS = ["hf-ext", "dynamoe", "mixture-of-experts", "dynamic-compute", "arxiv:2502.12325"]
+KWS_TAGS = ["hf-ext", "keyword-spotting", "wake-word", "text-defined-keyword-spotting"]
+# For each model type of keyword spotting: arXiv number, title, key, authors, year.
+_KWS_PAPERS = {
+    "slick": (
+        "2409.09067",
+        "SLiCK: Exploiting Subsequences for Length-Constrained Keyword Spotting",
+        "nishu2024slick",
+        "Kumari Nishu and Minsik Cho and Devang Naik",
+        2024,
+    ),
+    "ced_kws": (
+        "2308.06472",
+        "Flexible Keyword Spotting based on Homogeneous Audio-Text Embedding",
+        "nishu2023flexible",
+        "Kumari Nishu and Minsik Cho and Paul Dixon and Devang Naik",
+        2023,
+    ),
+    "dsp_kws": (
+        "2306.05245",
+        "Matching Latent Encoding for Audio-Text based Keyword Spotting",
+        "nishu2023matching",
+        "Kumari Nishu and Minsik Cho and Devang Naik",
+        2023,
+    ),
+}
 # First words of the cards that PEFT and transformers write where there is none; neither says how to load what is there.
 _GENERIC = ("# Model Card for Model ID", "This model card has been automatically generated")
 
@@ -136,6 +161,81 @@ def dynamoe_model_card(
         example_sensitivity=served or 0.8,
         facts={**reported, **(facts or {})},
         **{name: getattr(config, name) for name in ("sensitivity", "router_type", "router_hidden_size", "similarity")},
+    )
+
+
+def kws_model_card(
+    model: Any,
+    processor: Any,
+    repo_id: str = "path/to/this/model",
+    facts: dict[str, Any] | None = None,
+    figures: dict[str, float] | None = None,
+    tags: list[str] | None = None,
+) -> ModelCard:
+    """
+    The card of a text-defined keyword spotting model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, any of [`AutoModelForKeywordSpotting`].
+        processor ([`KwsProcessor`]):
+            Its processor.
+        repo_id (`str`, *optional*):
+            Where it will be found.
+        facts (`dict[str, Any]`, *optional*):
+            Further rows of the table: training data, steps.
+        figures (`dict[str, float]`, *optional*):
+            What [`KwsTrainer`] measured: `auc` and `eer`, and the same with a kind of negative before them.
+        tags (`list[str]`, *optional*):
+            Tags beside the usual ones.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]
+
+    Example:
+
+    ```python
+    >>> from hf_ext import KwsProcessor, SlickConfig, SlickForKeywordSpotting
+    >>> model = SlickForKeywordSpotting(SlickConfig(num_hidden_layers=1))
+    >>> card = kws_model_card(model, KwsProcessor(), repo_id="me/spotter", figures={"hard_auc": 0.9, "hard_eer": 0.17})
+    >>> 'pipeline("keyword-spotting", model="me/spotter")' in card.text
+    True
+    ```
+    """
+    config, extractor = model.config, processor.feature_extractor
+    # A model type of somebody else's has a paper of its own, or none.
+    arxiv, title, key, authors, year = _KWS_PAPERS.get(config.model_type, (None,) * 5)
+    citation = [f"title   = {{{{{title}}}}}", f"author  = {{{authors}}}", f"year    = {year}"]
+    citation += [f"journal = {{arXiv preprint arXiv:{arxiv}}}"]
+    data = ModelCardData(
+        language="en",
+        library_name="transformers",
+        pipeline_tag="audio-classification",
+        tags=sorted({*KWS_TAGS, *([f"arxiv:{arxiv}"] if arxiv else []), *(tags or [])}),
+    )
+    measured = figures or {}
+    groups = [name.removesuffix("auc") for name in measured if name.endswith("auc")]
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / "kws_model_card.md"),
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        parameters=f"{model.num_parameters():,}",
+        model_type=config.model_type,
+        arxiv=arxiv,
+        paper_title=title,
+        channels=extractor.feature_size,
+        feature_type="log-mel" if extractor.feature_type == "log_mel" else extractor.feature_type,
+        hop_ms=f"{1000 * extractor.hop_length / extractor.sampling_rate:g}",
+        sampling_rate=extractor.sampling_rate,
+        vocab_size=len(processor.tokenizer),
+        max_phonemes=getattr(config, "max_phonemes", None) if getattr(config, "head_type", "") != "shared" else None,
+        facts=facts or {},
+        figures=[
+            (group.removesuffix("_") or "all", f"{measured[group + 'auc']:.1%}", f"{measured[group + 'eer']:.1%}")
+            for group in groups
+        ],
+        citation=f"@article{{{key},\n    " + ",\n    ".join(citation) + "\n}",
     )
 
 

@@ -176,14 +176,18 @@ class KeywordSpottingPipeline(ChunkPipeline):
         """
         labels = _listed(candidate_labels)
         tokenizer = self.processor.tokenizer
-        spoken = [tokenizer.pronunciations(label, max_pronunciations) for label in labels]
-        owners = [place for place, ways in enumerate(spoken) for _ in ways]
-        ids = [tokenizer.convert_tokens_to_ids(way) for ways in spoken for way in ways]
-        batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
+        if hasattr(tokenizer, "pronunciations"):
+            spoken = [tokenizer.pronunciations(label, max_pronunciations) for label in labels]
+            owners = [place for place, ways in enumerate(spoken) for _ in ways]
+            phrases = [f"{{{' '.join(way)}}}" for ways in spoken for way in ways]
+        else:
+            # A tokenizer of words, for a text encoder.
+            owners, phrases = list(range(len(labels))), labels
+        batch = self.processor(text=phrases, return_tensors="pt").to(self.device)
         try:
-            text = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
+            text = self.model.get_text_features(**batch)
         except ValueError as error:
-            longest = labels[owners[max(range(len(ids)), key=lambda row: len(ids[row]))]]
+            longest = labels[owners[int(batch["keyword_attention_mask"].sum(-1).argmax())]]
             raise ValueError(
                 f"`candidate_labels` has a phrase that the model does not take, {longest!r}: {error}"
             ) from error

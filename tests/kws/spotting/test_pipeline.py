@@ -105,7 +105,7 @@ class TestAnswers:
     def test_phrases_are_encoded_once_for_a_list(self, spotter, monkeypatch):
         calls = []
         encode = spotter.model.get_text_features
-        monkeypatch.setattr(spotter.model, "get_text_features", lambda *a: calls.append(1) or encode(*a))
+        monkeypatch.setattr(spotter.model, "get_text_features", lambda **a: calls.append(1) or encode(**a))
         spotter([clip(speechlike(5.0, seed)) for seed in range(3)], candidate_labels=LABELS, batch_size=2)
         assert len(calls) == 1
 

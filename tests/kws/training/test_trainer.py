@@ -147,6 +147,20 @@ def test_model_and_processor_are_saved(tmp_path):
     assert math.isfinite(logged(run, "loss")[0])
 
 
+def test_the_card_says_what_was_reached(tmp_path):
+    run = trainer(tmp_path, max_steps=2, eval_dataset=KwsPairDataset(UTTERANCES, every_kind=True))
+    run.train()
+    figures = run.evaluate()
+    run.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert f'pipeline("keyword-spotting", model="{tmp_path.name}")' in card and "| steps | 2 |" in card
+    assert f"| hard | {figures['eval_hard_auc']:.1%} | {figures['eval_hard_eer']:.1%} |" in card
+    assert "arxiv:2409.09067" in card and str(tmp_path.parent) not in card
+    run.create_model_card(model_name="spotter", dataset="my words", tags="mine", license="mit")
+    card = (tmp_path / "README.md").read_text()
+    assert all(words in card for words in ("# spotter", "| training data | my words |", "- mine", "license: mit"))
+
+
 def test_bad_settings_are_named(tmp_path):
     for setting, message in [
         ({"ctc_loss_weight": -1.0}, "`ctc_loss_weight` must not be negative"),
