@@ -1,0 +1,131 @@
+"""The encoder of the keyword spotting models with a CTC head: what they are all warm-started from."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import can_return_tuple
+
+from .configuration_kws_conformer import KwsConformerConfig
+from .modeling_kws_conformer import KwsConformerAttention, KwsConformerEncoder, phoneme_ctc_loss
+from .modeling_kws_outputs import KwsAudioFeatures
+
+
+class KwsConformerPreTrainedModel(PreTrainedModel):
+    config: KwsConformerConfig
+    base_model_prefix = "kws_conformer"
+    main_input_name = "input_features"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KwsConformerLayer"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # As in the models that take the encoder over: the usual 0.02 would leave layers this narrow nearly silent.
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, KwsConformerAttention):
+            init.zeros_(module.content_bias)
+            init.zeros_(module.position_bias)
+        else:
+            super()._init_weights(module)
+
+
+class KwsConformerForCTC(KwsConformerPreTrainedModel):
+    """
+    Which phonemes are spoken, by frame.
+
+    The encoder and the head have the names that they have in [`SlickForKeywordSpotting`]: their weights move over as they
+    are, where the dimensions are the same.
+
+    Args:
+        config ([`KwsConformerConfig`]):
+            The dimensions.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_ext import KwsConformerConfig, KwsConformerForCTC, SlickConfig, SlickForKeywordSpotting
+
+    >>> model = KwsConformerForCTC(KwsConformerConfig(num_hidden_layers=2)).eval()
+    >>> model(torch.zeros(1, 98, 80), labels=torch.tensor([[20, 31, 9]])).logits.shape
+    torch.Size([1, 23, 74])
+
+    >>> spotter = SlickForKeywordSpotting(SlickConfig(num_hidden_layers=2))
+    >>> spotter.encoder.load_state_dict(model.encoder.state_dict())
+    <All keys matched successfully>
+    ```
+    """
+
+    def __init__(self, config: KwsConformerConfig) -> None:
+        super().__init__(config)
+        self.encoder = KwsConformerEncoder(config)
+        self.ctc_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_audio_features(
+        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> KwsAudioFeatures:
+        """
+        States of the encoder, and which of them are no padding.
+
+        Args:
+            input_features (`torch.Tensor` of shape `(batch_size, num_frames, num_mel_bins)`):
+                Features of the clips.
+            attention_mask (`torch.Tensor` of shape `(batch_size, num_frames)`, *optional*):
+                1 for frames that are no padding.
+
+        Returns:
+            [`KwsAudioFeatures`]
+        """
+        hidden, mask = self.encoder(input_features, attention_mask)
+        return KwsAudioFeatures(last_hidden_state=hidden, attention_mask=mask)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """
+        Args:
+            input_features (`torch.Tensor` of shape `(batch_size, num_frames, num_mel_bins)`):
+                Features of the clips.
+            attention_mask (`torch.Tensor` of shape `(batch_size, num_frames)`, *optional*):
+                1 for frames that are no padding.
+            labels (`torch.Tensor` of shape `(batch_size, num_spoken)`, *optional*):
+                The phonemes that were spoken; -100 or 0 behind them.
+
+        Returns:
+            [`~transformers.modeling_outputs.CausalLMOutput`]: `logits` of shape `(batch_size, frames, vocab_size)`, and with
+            labels the CTC `loss`: a mean over clips, each divided by its number of phonemes.
+
+        Raises:
+            ValueError: if features have another number of channels, or a label is no symbol of the vocabulary.
+        """
+        hidden, mask = self.encoder(input_features, attention_mask)
+        logits = self.ctc_head(hidden)
+        loss = None
+        if labels is not None:
+            self._check_labels(labels, len(input_features))
+            loss = phoneme_ctc_loss(logits, mask, labels)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def _check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
+        if labels.dim() != 2 or len(labels) != batch_size:
+            raise ValueError(
+                f"`labels` must have the shape ({batch_size}, num_spoken), got {tuple(labels.shape)}: a row of phonemes for "
+                "each clip."
+            )
+        if labels.numel() and int(labels.max()) >= self.config.vocab_size:
+            raise ValueError(
+                f"`labels` has the phoneme {int(labels.max())} and `vocab_size` is {self.config.vocab_size}: make them with "
+                "the model's own tokenizer."
+            )
