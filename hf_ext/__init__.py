@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from hf_ext.dynamoe.shards import convert_checkpoint_to_dynamoe
     from hf_ext.dynamoe.trainer import DynaMoeTrainer
     from hf_ext.dynamoe.trainer_config import DynaMoeTrainingConfig
+    from hf_ext.kws.configuration_ced import CedConfig
     from hf_ext.kws.configuration_dsp_kws import DspKwsConfig
     from hf_ext.kws.configuration_kws_conformer import KwsConformerConfig
     from hf_ext.kws.configuration_slick import SlickConfig
     from hf_ext.kws.feature_extraction_kws import KwsFeatureExtractor, KwsStreamState
     from hf_ext.kws.modeling_auto import AutoModelForKeywordSpotting
+    from hf_ext.kws.modeling_ced import CedForKeywordSpotting
     from hf_ext.kws.modeling_dsp_kws import DspForKeywordSpotting
     from hf_ext.kws.modeling_kws_conformer_ctc import KwsConformerForCTC
     from hf_ext.kws.modeling_slick import SlickForKeywordSpotting
@@ -56,6 +58,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoModelForKeywordSpotting",
+    "CedConfig",
+    "CedForKeywordSpotting",
     "DspForKeywordSpotting",
     "DspKwsConfig",
     "DynaMoeConfig",
@@ -103,6 +107,8 @@ __all__ = [
 
 _MODULE_OF_NAME = {
     "AutoModelForKeywordSpotting": "hf_ext.kws.modeling_auto",
+    "CedConfig": "hf_ext.kws.configuration_ced",
+    "CedForKeywordSpotting": "hf_ext.kws.modeling_ced",
     "DspForKeywordSpotting": "hf_ext.kws.modeling_dsp_kws",
     "DspKwsConfig": "hf_ext.kws.configuration_dsp_kws",
     "DynaMoeConfig": "hf_ext.dynamoe.configuration_dynamoe",

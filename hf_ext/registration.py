@@ -34,6 +34,13 @@ _AUTO_CLASSES = {
     "hf_ext.dynamoe.configuration_dynamoe:DynaMoeConfig": {
         "AutoModelForCausalLM": "hf_ext.dynamoe.modeling_dynamoe:DynaMoeForCausalLM",
     },
+    "hf_ext.kws.configuration_ced:CedConfig": {
+        "AutoFeatureExtractor": "hf_ext.kws.feature_extraction_kws:KwsFeatureExtractor",
+        "AutoModel": "hf_ext.kws.modeling_ced:CedForKeywordSpotting",
+        "AutoModelForKeywordSpotting": "hf_ext.kws.modeling_ced:CedForKeywordSpotting",
+        "AutoProcessor": "hf_ext.kws.processing_kws:KwsProcessor",
+        "AutoTokenizer": "hf_ext.kws.tokenization_phoneme:PhonemeTokenizer",
+    },
     "hf_ext.kws.configuration_kws_conformer:KwsConformerConfig": {
         "AutoFeatureExtractor": "hf_ext.kws.feature_extraction_kws:KwsFeatureExtractor",
         "AutoModel": "hf_ext.kws.modeling_kws_conformer_ctc:KwsConformerForCTC",

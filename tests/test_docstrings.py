@@ -13,6 +13,7 @@ MODULES += ["kws.feature_extraction_kws", "kws.g2p", "kws.processing_kws", "kws.
 MODULES += ["kws.configuration_kws_conformer", "kws.modeling_kws_conformer_ctc"]
 MODULES += ["kws.configuration_slick", "kws.modeling_auto", "kws.modeling_slick", "kws.tokenization_phoneme"]
 MODULES += ["kws.spotting.pipeline"]
+MODULES += ["kws.configuration_ced", "kws.modeling_ced"]
 MODULES += ["kws.configuration_dsp_kws", "kws.modeling_dsp_kws", "kws.modeling_kws_contrastive"]
 MODULES += ["kws.modeling_kws_partition"]
 MODULES += [

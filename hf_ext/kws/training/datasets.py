@@ -183,6 +183,8 @@ class KwsPairDataset(KwsTrialDataset):
             Further phrases for the negatives.
         num_neighbours (`int`, *optional*, defaults to `10`):
             Nearest phrases that a hard negative is drawn from.
+        confusable_kinds (`Sequence[str]`, *optional*, defaults to all five kinds):
+            What made-up phrases differ in, see [`confusable_phonemes`]; in CED `("substitute", "insert")`.
         max_phonemes (`int`, *optional*, defaults to `25`):
             Utterances and phrases with more are left out.
         contained_is_negative (`bool`, *optional*, defaults to `True`):
@@ -217,6 +219,7 @@ class KwsPairDataset(KwsTrialDataset):
         every_kind: bool = False,
         vocabulary: Sequence[str] = (),
         num_neighbours: int = 10,
+        confusable_kinds: Sequence[Kind] = _HARD,
         max_phonemes: int = 25,
         contained_is_negative: bool = True,
         sampling_rate: int = 16000,
@@ -232,6 +235,7 @@ class KwsPairDataset(KwsTrialDataset):
         self.shares = [shares[kind] for kind in self.kinds]
         self.every_kind = every_kind
         self.num_neighbours = num_neighbours
+        self.confusable_kinds = confusable_kinds
         self.max_phonemes = max_phonemes
         self.contained_is_negative = contained_is_negative
         self.tokenizer = tokenizer or PhonemeTokenizer()
@@ -287,9 +291,8 @@ class KwsPairDataset(KwsTrialDataset):
         spoken = self._phonemes[text]
         if kind == "confusable":
             right = self.tokenizer.pronunciations(text)
-            draws = (
-                confusable_phonemes(spoken, drawn_from, _HARD, max_phonemes=self.max_phonemes) for _ in range(100)
-            )
+            kinds, longest = self.confusable_kinds, self.max_phonemes
+            draws = (confusable_phonemes(spoken, drawn_from, kinds, max_phonemes=longest) for _ in range(100))
             # Another pronunciation of the same text is no confusable.
             made = next((draw for draw in draws if self._differs(draw, right)), None)
             # A single phoneme, say, has others that can't be told apart from it alone.
@@ -370,18 +373,14 @@ class KwsDataCollator:
             )
         )
         if self.hide_stripes:
-            rows = zip(batch["input_features"].split(1), batch["attention_mask"].split(1), pairs, strict=True)
-            hidden = [spec_augment(row, mask, _generator(pair["seed"] + 1)) for row, mask, pair in rows]
-            batch["input_features"] = torch.cat(hidden)
+            seeded = (torch.Generator().manual_seed(pair["seed"] + 1) for pair in pairs)
+            rows = zip(batch["input_features"].split(1), batch["attention_mask"].split(1), seeded, strict=True)
+            batch["input_features"] = torch.cat([spec_augment(*row) for row in rows])
         spoken = self.phoneme_tokenizer([pair["text"] for pair in pairs], padding=True, return_tensors="pt")
         batch["phoneme_labels"] = spoken["input_ids"].masked_fill(spoken["attention_mask"] == 0, -100)
         batch["labels"] = torch.tensor([float(pair["label"]) for pair in pairs])
         batch["pair_kinds"] = torch.tensor([PAIR_KINDS.index(pair["kind"]) for pair in pairs])
         return batch
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _column(rows: Any, name: str) -> list[Any]:
