@@ -132,10 +132,11 @@ def _add_pipeline(_: ModuleType) -> None:
     A task that transformers has under this name itself, one day, is left alone.
     """
     registry = getattr(sys.modules.get(_HOME_OF_PIPELINES), "PIPELINE_REGISTRY", None)
-    if registry is None or _KWS_TASK in registry.supported_tasks:
+    if registry is None:
         return
     pipeline_class = _imported(_KWS_PIPELINE)
-    if pipeline_class is None:
+    # Importing it may have run this function in between.
+    if pipeline_class is None or _KWS_TASK in registry.supported_tasks:
         return
 
     from hf_ext.assets import shipped_model, shipped_models
