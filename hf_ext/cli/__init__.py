@@ -26,6 +26,7 @@ _DOORS = {
     ),
     "mtp": _Door("hf_ext.cli.mtp", "app", "Multi-token prediction: train an adapter, generate with it, measure it."),
     "dynamoe": _Door("hf_ext.cli.dynamoe", "app", "Nested experts: convert a dense model, train, evaluate, time it."),
+    "kws": _Door("hf_ext.cli.kws", "app", "Keyword spotting: models that find any typed phrase in speech."),
     "env": _Door("hf_ext.cli.env", "env", "Print versions and hardware, to paste into an issue."),
 }
 

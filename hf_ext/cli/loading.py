@@ -13,10 +13,10 @@ import torch
 import typer
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
 from transformers.utils import logging
 
-from hf_ext import DynaMoeForCausalLM, shipped_model
+from hf_ext import AutoModelForKeywordSpotting, DynaMoeForCausalLM, shipped_model
 from hf_ext.cli.compare import share_weights
 
 
@@ -65,9 +65,6 @@ def load_base(name: str, device: str | None = None, dtype: str = "auto") -> tupl
     Raises:
         typer.BadParameter: where there is no such model.
     """
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = accelerator.type if accelerator is not None else "cpu"
     # The bar of loading weights is of no interest where loading takes a moment, and stands in the way of our own.
     logging.disable_progress_bar()
     try:
@@ -75,7 +72,43 @@ def load_base(name: str, device: str | None = None, dtype: str = "auto") -> tupl
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"can't load a causal language model from {name!r}: {error}") from error
-    return model.to(device).eval(), tokenizer
+    return model.to(chosen_device(device)).eval(), tokenizer
+
+
+def chosen_device(device: str | None) -> str:
+    """What was asked for, or else the accelerator if there is one."""
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator.type if accelerator is not None else "cpu"
+    return device
+
+
+def load_spotter(name: str | None, device: str | None = None) -> Any:
+    """
+    The pipeline of a text-defined keyword spotting model.
+
+    Args:
+        name (`str`, *optional*):
+            Hub id or folder. By default the small model that comes with the package.
+        device (`str`, *optional*):
+            As in [`load_base`].
+
+    Returns:
+        [`KeywordSpottingPipeline`]
+
+    Raises:
+        typer.BadParameter: where there is no such model, or another kind of one.
+    """
+    logging.disable_progress_bar()
+    try:
+        folder = shipped_model("slick-small") if name is None else name
+        model = AutoModelForKeywordSpotting.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise typer.BadParameter(
+            f"can't load a keyword spotting model from {name or 'the package'!r}: {error}"
+        ) from error
+    return pipeline("keyword-spotting", model=model, processor=processor, device=chosen_device(device))
 
 
 def load_pair(model: str | None, adapter: str | None, device: str | None = None, dtype: str = "auto") -> Pair:

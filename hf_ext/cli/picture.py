@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ext._extras import missing_extra
-from hf_ext.cli.charts import Curve, HeatMap, Shades
+from hf_ext.cli.charts import SHADES, Curve, HeatMap, Raster, Shades
 from hf_ext.cli.report import NUM_COLOURS, Bars, Section, Steps
 
 
@@ -24,8 +24,7 @@ _WIDTH = 11.0
 _FONT_SIZE = 72 * _WIDTH / _COLUMNS / 0.62
 _FILLS = ("#cfe6ff", "#ffe2b3", "#cdeccf", "#f3d3ee")
 _INK, _SOFT, _BAR, _ACCENT = "#1d2129", "#5a6270", "#8f9bb0", "#c2570c"
-_LINES = (_ACCENT, "#2f6fb0", _SOFT)
-_SHADES = ("#ffffff", "#f49137")
+_LINES = (_ACCENT, "#2f6fb0", _SOFT, "#2e8b57")
 
 
 def draw(section: Section, path: Path) -> None:
@@ -47,7 +46,7 @@ def draw(section: Section, path: Path) -> None:
     except ModuleNotFoundError as error:
         raise missing_extra(error, needed_by="a picture") or error from error
 
-    charts = [block for block in section.blocks if isinstance(block, (Bars, Curve, HeatMap))]
+    charts = [block for block in section.blocks if isinstance(block, (Bars, Curve, HeatMap, Raster))]
     pairs = [charts[start : start + 2] for start in range(0, len(charts), 2)]
     text = _text_of(section)
     rows = _laid_out(text) if text else []
@@ -72,11 +71,13 @@ def _text_of(section: Section) -> Steps | Shades | None:
     return next(iter(shaded), None) or next((b for b in steps if any(len(step) > 1 for step in b.steps)), None)
 
 
-def _draw_chart(axes: Axes, chart: Bars | Curve | HeatMap) -> None:
+def _draw_chart(axes: Axes, chart: Bars | Curve | HeatMap | Raster) -> None:
     if isinstance(chart, Bars):
         _draw_bars(axes, chart)
     elif isinstance(chart, Curve):
         _draw_curve(axes, chart)
+    elif isinstance(chart, Raster):
+        _draw_raster(axes, chart)
     else:
         _draw_heat_map(axes, chart)
     axes.set_title(chart.title, loc="left", color=_INK, fontsize=11)
@@ -98,11 +99,11 @@ def _draw_bars(axes: Axes, chart: Bars) -> None:
 def _draw_curve(axes: Axes, chart: Curve) -> None:
     for (name, points), colour in zip(chart.series, itertools.cycle(_LINES), strict=False):
         x, y, _ = zip(*points, strict=True)
-        axes.plot(x, y, marker="o", markersize=4, color=colour, label=name)
+        axes.plot(x, y, marker="o" if chart.dots else None, markersize=4, color=colour, label=name)
     axes.set_xlabel(chart.x_label, color=_SOFT, fontsize=9)
     axes.set_ylabel(chart.y_label, color=_SOFT, fontsize=9)
-    axes.set_xticks(chart.x_ticks)
-    axes.set_yticks(chart.y_ticks)
+    axes.set_xticks(chart.x_ticks, chart.x_names)
+    axes.set_yticks(chart.y_ticks, chart.y_names)
     axes.grid(color="#e6e8ec", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8, colors=_SOFT)
@@ -113,7 +114,7 @@ def _draw_curve(axes: Axes, chart: Curve) -> None:
 def _draw_heat_map(axes: Axes, chart: HeatMap) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    colours = LinearSegmentedColormap.from_list("share", _SHADES)
+    colours = LinearSegmentedColormap.from_list("share", SHADES)
     axes.imshow(chart.values, cmap=colours, vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(chart.columns)), chart.columns, fontsize=8, color=_SOFT)
     axes.set_yticks(range(len(chart.rows)), chart.rows, fontsize=8, color=_SOFT)
@@ -125,6 +126,22 @@ def _draw_heat_map(axes: Axes, chart: HeatMap) -> None:
         for y, values in enumerate(chart.values):
             for x, value in enumerate(values):
                 axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color=_INK)
+
+
+def _draw_raster(axes: Axes, chart: Raster) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    (left, right), (low, high) = chart.extent, chart.bounds or (None, None)
+    colours = LinearSegmentedColormap.from_list("share", SHADES)
+    edges = (left, right, len(chart.values) - 0.5, -0.5)
+    axes.imshow(chart.values, cmap=colours, vmin=low, vmax=high, aspect="auto", extent=edges, interpolation="nearest")
+    if chart.line:
+        axes.plot(*zip(*chart.line, strict=True), color=_LINES[1], linewidth=1.5)
+    axes.set_yticks(range(len(chart.rows or ())), chart.rows or (), fontsize=8, color=_SOFT)
+    axes.set_xlabel(chart.x_label, color=_SOFT, fontsize=9)
+    axes.set_ylabel(chart.y_label, color=_SOFT, fontsize=9)
+    axes.tick_params(left=False, labelsize=8, colors=_SOFT)
+    axes.spines[:].set_visible(False)
 
 
 # One character and the number of the step or token that it belongs to; -1 is the prompt.
@@ -161,7 +178,7 @@ def _draw_text(axes: Axes, block: Steps | Shades, rows: Sequence[Sequence[_Chara
     if isinstance(block, Steps):
         fills: Sequence[Any] = [_FILLS[step % NUM_COLOURS] for step in range(len(block.steps))]
     else:
-        colours = LinearSegmentedColormap.from_list("share", _SHADES)
+        colours = LinearSegmentedColormap.from_list("share", SHADES)
         fills = [colours(block.level(value)) for _, value, _ in block.tokens]
     axes.set_xlim(0, _COLUMNS)
     axes.set_ylim(len(rows), 0)

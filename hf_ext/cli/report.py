@@ -22,7 +22,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 import hf_ext
-from hf_ext.cli.charts import Curve, HeatMap, Shades
+from hf_ext.cli.charts import Curve, HeatMap, Raster, Shades
 
 
 # Colours of consecutive steps; the page and the picture have as many.
@@ -142,7 +142,7 @@ class Steps:
         return f"{tokens} tokens in {steps} steps ({tokens / max(steps, 1):.2f} per step, at most {longest} in one)"
 
 
-Block = Prose | Figures | Table | Bars | Curve | HeatMap | Steps | Shades
+Block = Prose | Figures | Table | Bars | Curve | HeatMap | Raster | Steps | Shades
 
 
 @dataclass

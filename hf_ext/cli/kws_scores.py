@@ -1,0 +1,284 @@
+"""Trials of keyword spotting: where they come from, how a model scores them, and what the scores are worth."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from hf_ext import KwsPairDataset, KwsTrialDataset, load_utterances
+from hf_ext.cli.compare import progress_bar
+from hf_ext.metrics import bootstrap_interval, det_points, equal_error_rate, roc_auc
+
+
+NEGATIVES = ("random", "hard", "confusable")
+_COLUMNS = ("audio", "phrase", "label")
+
+
+@dataclass
+class Scored:
+    """
+    Trials with their scores, in arrays of one length.
+
+    Args:
+        scores (`np.ndarray`):
+            Log odds.
+        labels (`np.ndarray`):
+            1 where the clip holds the phrase.
+        kinds (`np.ndarray`):
+            Positive, random, hard or confusable.
+        seconds (`np.ndarray`), num_phonemes (`np.ndarray`):
+            Length of the clip and of the phrase.
+        groups (`list[str]`):
+            What is drawn together for intervals: the speaker, or else the clip.
+        texts (`list[str]`), phrases (`list[str]`):
+            What was said, as far as it is known, and what was asked for.
+    """
+
+    scores: np.ndarray
+    labels: np.ndarray
+    kinds: np.ndarray
+    seconds: np.ndarray
+    num_phonemes: np.ndarray
+    groups: list[str]
+    texts: list[str]
+    phrases: list[str]
+
+    def against(self, kind: str) -> np.ndarray:
+        """Which trials tell positives from one kind of negative, or from `"all"`."""
+        return (self.labels == 1) | ((self.labels == 0) & ((kind == "all") | (self.kinds == kind)))
+
+
+@dataclass
+class Figures:
+    """What a model reaches against one kind of negative; intervals are of 95 %."""
+
+    negatives: str
+    num_positives: int
+    num_negatives: int
+    auc: float
+    auc_interval: tuple[float, float] | None
+    eer: float
+    eer_interval: tuple[float, float] | None
+    miss_rate_at_1_percent_false_alarms: float
+    duration_only_auc: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_trials(
+    data: Path, tokenizer: Any, kinds: Sequence[str], max_clips: int | None = None, seed: int = 0
+) -> KwsTrialDataset:
+    """
+    Trials from a CSV file, or made from an audiofolder: each clip with its text and with one phrase of each kind.
+
+    Args:
+        data (`Path`):
+            A CSV file with the columns `audio` (a path, from the file's own folder on), `phrase` and `label`, and, if there
+            are, `text`, `kind`, `speaker`, `start` and `end`; or a folder with a `metadata.csv`.
+        tokenizer ([`PhonemeTokenizer`]):
+            The model's.
+        kinds (`Sequence[str]`):
+            Kinds of negatives that are made from a folder.
+        max_clips (`int`, *optional*):
+            So many clips, drawn at random.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the draws.
+
+    Raises:
+        typer.BadParameter: where there is no such file or folder, or a column or class is missing.
+    """
+    try:
+        if data.is_file():
+            return KwsTrialDataset(_read_csv(data))
+        shares = dict.fromkeys(("positive", *kinds), 1.0)
+        utterances = drawn(load_utterances(data), max_clips, seed)
+        return KwsPairDataset(utterances, tokenizer, shares=shares, every_kind=True, seed=seed)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"can't make trials from {str(data)!r}: {error}") from error
+
+
+def drawn(rows: Sequence[Any], count: int | None, seed: int) -> list[Any]:
+    """At most `count` of the rows, drawn at random, in their order."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    chosen = np.random.default_rng(seed).choice(len(rows), count, replace=False)
+    return [rows[place] for place in sorted(chosen)]
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    missing = sorted(set(_COLUMNS) - set(rows[0] if rows else ()))
+    if missing:
+        raise ValueError(f"it has no rows or lacks the columns {missing}.")
+    trials = []
+    for number, row in enumerate(rows, start=2):
+        if row["label"] not in ("0", "1"):
+            raise ValueError(f"`label` is {row['label']!r} in line {number}; it must be 0 or 1.")
+        label = int(row["label"])
+        kind = row.get("kind") or ("positive" if label else "random")
+        if (kind == "positive") != bool(label) or kind not in ("positive", *NEGATIVES):
+            raise ValueError(
+                f"`kind` is {kind!r} in line {number}, with the label {label}: it must be 'positive' for 1, and one of "
+                f"{list(NEGATIVES)} for 0."
+            )
+        trials.append({**row, "audio": str(path.parent / row["audio"]), "label": label, "kind": kind})
+        trials[-1].setdefault("text", "")
+    return trials
+
+
+def score_trials(
+    spotter: Any,
+    trials: KwsTrialDataset,
+    chunk_length_s: float,
+    max_pronunciations: int,
+    console: Console | None = None,
+) -> Scored:
+    """
+    Scores each clip once, against all phrases that it is tried with, as the pipeline does it.
+
+    Args:
+        spotter ([`KeywordSpottingPipeline`]):
+            The model.
+        trials ([`KwsTrialDataset`]):
+            From [`load_trials`].
+        chunk_length_s (`float`), max_pronunciations (`int`):
+            As in a call of the pipeline.
+        console ([`~rich.console.Console`], *optional*):
+            Where progress is shown.
+
+    Returns:
+        `Scored`
+
+    Raises:
+        typer.BadParameter: if a clip can't be read or the model doesn't take a phrase.
+    """
+    scored: dict[str, list[Any]] = {name: [] for name in Scored.__dataclass_fields__}
+    clips = _by_clip(trials)
+    with progress_bar(console) as progress:
+        for source, places in progress.track(clips, description="scoring clips"):
+            try:
+                items = [trials[place] for place in places]
+                clip = {"array": items[0]["audio"], "sampling_rate": items[0]["sampling_rate"]}
+                answers = spotter(
+                    clip,
+                    candidate_labels=list(dict.fromkeys(item["phrase"] for item in items)),
+                    chunk_length_s=chunk_length_s,
+                    max_pronunciations=max_pronunciations,
+                    function_to_apply="none",
+                )
+            except (OSError, ValueError) as error:
+                raise typer.BadParameter(f"the clip {source['audio']}: {error}") from error
+            found = {answer["label"]: answer["score"] for answer in answers}
+            for item in items:
+                scored["scores"].append(found[item["phrase"]])
+                scored["labels"].append(item["label"])
+                scored["kinds"].append(item["kind"])
+                scored["seconds"].append(len(item["audio"]) / item["sampling_rate"])
+                scored["num_phonemes"].append(len(spotter.tokenizer.tokenize(item["phrase"])))
+                scored["groups"].append(source.get("speaker") or str(source["audio"]))
+                scored["texts"].append(item["text"])
+                scored["phrases"].append(item["phrase"])
+    arrays: dict[str, Any] = {
+        name: np.array(values) if name not in ("groups", "texts", "phrases") else values
+        for name, values in scored.items()
+    }
+    result = Scored(**arrays)
+    if not 0 < result.labels.sum() < len(result.labels):
+        raise typer.BadParameter("the trials have one class only: both matches (1) and mismatches (0) are needed.")
+    return result
+
+
+def _by_clip(trials: KwsTrialDataset) -> list[tuple[Any, list[int]]]:
+    """The row of each clip, and the places of its trials."""
+    if isinstance(trials, KwsPairDataset):
+        size = len(trials.kinds)
+        rows = [trials.trials[row] for row in trials.rows]
+        return [(row, list(range(i * size, (i + 1) * size))) for i, row in enumerate(rows)]
+    places: dict[Any, list[int]] = {}
+    for place, row in enumerate(trials.trials):
+        places.setdefault((row["audio"], row.get("start"), row.get("end")), []).append(place)
+    return [(trials.trials[own[0]], own) for own in places.values()]
+
+
+def figures_of(scored: Scored, resamples: int, seed: int = 0) -> list[Figures]:
+    """
+    AUC, equal error rate and misses at 1 % false alarms, pooled over all phrases, against all negatives and each kind.
+
+    Args:
+        scored (`Scored`):
+            The trials.
+        resamples (`int`):
+            Draws for the intervals; 0 leaves them out. Whole speakers, or else clips, are drawn.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the draws.
+
+    Returns:
+        `list[Figures]`
+    """
+    kinds = [kind for kind in NEGATIVES if (scored.kinds[scored.labels == 0] == kind).any()]
+    duration = duration_only_scores(scored)
+    found = []
+    for kind in ["all", *kinds] if len(kinds) > 1 else kinds:
+        chosen = scored.against(kind)
+        scores, labels = scored.scores[chosen].tolist(), scored.labels[chosen].tolist()
+        groups = [group for group, own in zip(scored.groups, chosen, strict=True) if own]
+        points = det_points(scores, labels)
+        found.append(
+            Figures(
+                kind,
+                sum(labels),
+                len(labels) - sum(labels),
+                roc_auc(scores, labels),
+                _interval(roc_auc, scores, labels, groups, resamples, seed),
+                equal_error_rate(scores, labels),
+                _interval(equal_error_rate, scores, labels, groups, resamples, seed),
+                float(points.miss_rates[points.false_alarm_rates <= 0.01].min()),
+                None if duration is None else roc_auc(duration[chosen].tolist(), labels),
+            )
+        )
+    return found
+
+
+def duration_only_scores(scored: Scored) -> np.ndarray | None:
+    """
+    Scores of a listener that hears nothing but how long a clip is: how near that is to the usual length of such a phrase.
+
+    What is usual is a line of seconds by phonemes, fitted to the positives of the very set: the listener has the advantage.
+    `None` where there are too few of them.
+    """
+    positives = scored.labels == 1
+    if positives.sum() < 2:
+        return None
+    # With phrases of one length the line is flat.
+    degree = min(1, len(np.unique(scored.num_phonemes[positives])) - 1)
+    line = np.polyfit(scored.num_phonemes[positives], scored.seconds[positives], degree)
+    expected = np.clip(np.polyval(line, scored.num_phonemes), 0.05, None)
+    return -np.abs(np.log(scored.seconds / expected))
+
+
+def _interval(
+    metric: Callable[..., float],
+    scores: list[float],
+    labels: list[int],
+    groups: list[str],
+    resamples: int,
+    seed: int,
+) -> tuple[float, float] | None:
+    if resamples == 0:
+        return None
+    # One speaker, or one clip, says nothing about others.
+    if len(set(groups)) < 2:
+        return None
+    try:
+        return bootstrap_interval(metric, scores, labels, groups, num_resamples=resamples, seed=seed)
+    except ValueError:
+        return bootstrap_interval(metric, scores, labels, num_resamples=resamples, seed=seed)

@@ -1,0 +1,279 @@
+"""`hf-ext kws train`: a text-defined keyword spotting model from recordings, from a list of words, or from both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from transformers import AutoConfig, AutoProcessor
+
+from hf_ext import (
+    AutoModelForKeywordSpotting,
+    KwsAugmenter,
+    KwsFeatureExtractor,
+    KwsPairDataset,
+    KwsProcessor,
+    KwsTrialDataset,
+    load_utterances,
+    synthesize_phrases,
+)
+from hf_ext.cli.loading import chosen_device, suitable_threads
+from hf_ext.cli.options import DeviceOption, ThreadsOption
+from hf_ext.cli.report import Table, rich_table
+
+
+# So many clips give the mean and the spread of each channel well enough.
+_CLIPS_FOR_STATISTICS = 200
+# Below so many phrases, none can be spared for evaluation.
+_LEAST_PHRASES = 10
+
+
+def train(
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder with clips and a metadata.csv (file_name, text); may be repeated."),
+    ] = None,
+    words: Annotated[
+        str | None,
+        typer.Option(help="Words or phrases to synthesise, with commas between: 'hey computer, lights on'."),
+    ] = None,
+    words_file: Annotated[
+        Path | None,
+        typer.Option("--words-file", "--words_file", exists=True, dir_okay=False, help="The same, one a line."),
+    ] = None,
+    clips_per_word: Annotated[
+        int,
+        typer.Option(
+            "--clips-per-word", "--clips_per_word", min=1, help="Synthesised clips of each, by several voices."
+        ),
+    ] = 8,
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "--output_dir", help="Where the model goes; synthesised clips go inside.")
+    ] = Path("kws"),
+    model_type: Annotated[
+        str, typer.Option("--model-type", "--model_type", help="slick, ced_kws or dsp_kws.")
+    ] = "slick",
+    model: Annotated[str | None, typer.Option(help="Hub id or folder of a model to go on from instead.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the model's configuration, as in hidden_size=96; may be repeated."),
+    ] = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option("--eval-data", "--eval_data", help="A folder to evaluate on; by default clips kept apart."),
+    ] = None,
+    eval_clips: Annotated[
+        int, typer.Option("--eval-clips", "--eval_clips", min=0, help="Clips kept apart, of phrases not trained on.")
+    ] = 200,
+    noise: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="A folder with recordings of background noise.")
+    ] = None,
+    augment: Annotated[
+        bool, typer.Option(help="Change clips in training: speed, silence around, room, noise, line, gain.")
+    ] = True,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
+    ctc_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--ctc-steps", "--ctc_steps", min=0, help="First steps, for phonemes alone; by default a quarter."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch_size", min=2, help="Pairs per step and device.")
+    ] = 32,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--learning_rate", help="Peak learning rate.")
+    ] = 1e-3,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load clips.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of data order, pairs and initial values.")] = 42,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Repository to push the model to.")] = None,
+) -> None:
+    """
+    Train a model that finds any typed phrase, from clips with their text, and save it with processor and card.
+
+    Words of a list are spoken by the synthesisers that are installed (espeak-ng, flite, ...). The more different words there
+    are, the better for phrases that it never heard. One process on one device; for more, `KwsTrainer` in a script of your own
+    under `accelerate launch`.
+    """
+    from hf_ext import KwsTrainer, KwsTrainingConfig
+
+    console = Console()
+    torch.manual_seed(seed)
+    try:
+        rows = _utterances(data or [], words, words_file, clips_per_word, output_dir, seed)
+        kept, held_out, apart = (
+            (rows, load_utterances(eval_data), "") if eval_data else _split_off(rows, eval_clips, seed)
+        )
+        spotter, processor = _model(model, model_type, setting or [], kept)
+        vocabulary = sorted({row["text"] for row in kept})
+        augmenter = KwsAugmenter(_noises(noise)) if augment else None
+        pairs = KwsPairDataset(kept, processor.tokenizer, augmenter=augmenter, seed=seed)
+        eval_pairs = None
+        if held_out:
+            eval_pairs = KwsPairDataset(
+                held_out, processor.tokenizer, every_kind=True, vocabulary=vocabulary, seed=seed
+            )
+        on_cpu = chosen_device(device) == "cpu"
+        args = KwsTrainingConfig(
+            output_dir=str(output_dir),
+            max_steps=steps,
+            ctc_steps=steps // 4 if ctc_steps is None else ctc_steps,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            learning_rate=learning_rate,
+            hide_stripes=augment,
+            dataloader_num_workers=workers,
+            seed=seed,
+            bf16=not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            use_cpu=on_cpu,
+            logging_steps=min(20, steps),
+            save_total_limit=2,
+            hub_model_id=push_to_hub,
+            report_to="none",
+        )
+        trainer = KwsTrainer(
+            model=spotter, args=args, train_dataset=pairs, eval_dataset=eval_pairs, processing_class=processor
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(
+        f"{len(pairs):,} clips of {len(vocabulary):,} phrases, {spotter.num_parameters():,} parameters{apart}",
+        markup=False,
+        highlight=False,
+    )
+    with suitable_threads(spotter, threads or torch.get_num_threads()):
+        trainer.train(resume_from_checkpoint=resume or None)
+        if eval_pairs is not None:
+            console.print(rich_table(_training_table(trainer.evaluate(), f"{len(held_out):,} clips")))
+    # The card says what the evaluation found.
+    trainer.save_model()
+    measured_on = eval_data or (data[0] if data else output_dir / "synthesised")
+    console.print(
+        f"The model is in {output_dir}. Measure it: hf-ext kws eval --model {output_dir} --data {measured_on}",
+        markup=False,
+        highlight=False,
+    )
+    if push_to_hub is not None:
+        console.print(f"Pushed to {trainer.push_to_hub()}")
+
+
+def _utterances(
+    folders: Sequence[Path],
+    words: str | None,
+    words_file: Path | None,
+    clips_per_word: int,
+    output_dir: Path,
+    seed: int,
+) -> list[dict[str, Any]]:
+    rows = [row for folder in folders for row in load_utterances(folder)]
+    listed = (words or "").split(",") + (words_file.read_text("utf-8").splitlines() if words_file else [])
+    phrases = list(dict.fromkeys(word.strip() for word in listed if word.strip()))
+    if phrases:
+        folder = synthesize_phrases(phrases, output_dir / "synthesised", clips_per_word, seed=seed)
+        # The folder may have clips of an earlier list.
+        rows += [row for row in load_utterances(folder) if row["text"] in set(phrases)]
+    if not rows:
+        raise ValueError(
+            "there is nothing to train on: name folders of clips with --data, or words to synthesise with --words or "
+            "--words-file."
+        )
+    return rows
+
+
+def _split_off(rows: list[dict[str, Any]], count: int, seed: int) -> tuple[list[Any], list[Any], str]:
+    """About `count` rows apart, at most a third, of phrases that the others don't have; and a word on which they are."""
+    draw = Random(seed)
+    texts = sorted({row["text"] for row in rows})
+    draw.shuffle(texts)
+    count = min(count, len(rows) // 3)
+    if count == 0:
+        return rows, [], ""
+    if len(texts) < _LEAST_PHRASES:
+        shuffled = draw.sample(rows, len(rows))
+        return shuffled[count:], shuffled[:count], f"; {count:,} other clips of the same phrases are kept apart"
+    chosen: set[str] = set()
+    sizes = {text: 0 for text in texts}
+    for row in rows:
+        sizes[row["text"]] += 1
+    for text in texts[: len(texts) // 3]:
+        if sum(sizes[own] for own in chosen) >= count:
+            break
+        chosen.add(text)
+    held_out = [row for row in rows if row["text"] in chosen]
+    kept = [row for row in rows if row["text"] not in chosen]
+    return kept, held_out, f"; {len(held_out):,} clips of {len(chosen):,} other phrases are kept apart"
+
+
+def _model(
+    name: str | None, model_type: str, settings: Sequence[str], rows: Sequence[Any]
+) -> tuple[Any, KwsProcessor]:
+    if name is not None:
+        if settings:
+            raise ValueError(f"--set {settings[0]} is for a new model, and --model {name} has its configuration.")
+        return AutoModelForKeywordSpotting.from_pretrained(name), AutoProcessor.from_pretrained(name)
+    fields = dict(_setting(setting) for setting in settings)
+    config = AutoConfig.for_model(model_type)
+    unknown = sorted(set(fields) - set(config.to_dict()))
+    if unknown:
+        raise ValueError(f"--set {unknown[0]}: a {model_type} model has no such field of its configuration.")
+    config = AutoConfig.for_model(model_type, **fields)
+    spotter = AutoModelForKeywordSpotting.from_config(config)
+    return spotter, KwsProcessor(_normalising_extractor(rows, config.num_mel_bins))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text} must name a field and its value, as in hidden_size=96.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _normalising_extractor(rows: Sequence[Any], channels: int) -> KwsFeatureExtractor:
+    """Features with the mean 0 and the spread 1 over some of the clips, channel by channel."""
+    plain = KwsFeatureExtractor(feature_size=channels)
+    step = max(1, len(rows) // _CLIPS_FOR_STATISTICS)
+    frames = np.concatenate(
+        [plain(_samples(row), sampling_rate=plain.sampling_rate)["input_features"][0] for row in rows[::step]]
+    )
+    return KwsFeatureExtractor(
+        feature_size=channels,
+        mean=frames.mean(0).round(4).tolist(),
+        std=frames.std(0).clip(0.1).round(4).tolist(),
+    )
+
+
+def _samples(row: Any) -> np.ndarray:
+    trial = {**row, "text": "", "phrase": "", "label": 0, "kind": "random"}
+    return KwsTrialDataset([trial])[0]["audio"]
+
+
+def _noises(folder: Path | None) -> list[torch.Tensor] | None:
+    if folder is None:
+        return None
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"))
+    if not files:
+        raise ValueError(f"--noise {folder} has no audio files (wav, flac, ogg, mp3).")
+    return [torch.from_numpy(_samples({"audio": str(path)})) for path in files]
+
+
+def _training_table(figures: dict[str, Any], caption: str) -> Table:
+    """The trainer's own figures, a kind of negative a row."""
+    groups = [name.removeprefix("eval_").removesuffix("auc") for name in figures if name.endswith("auc")]
+    rows = [
+        [group.removesuffix("_") or "all", f"{figures[f'eval_{group}auc']:.1%}", f"{figures[f'eval_{group}eer']:.1%}"]
+        for group in groups
+    ]
+    return Table(["negatives", "AUC", "EER"], rows, caption)
