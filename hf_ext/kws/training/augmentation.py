@@ -24,9 +24,10 @@ def coloured_noise(
     Returns:
         `torch.Tensor` of shape `(batch, num_samples)`: with a mean power of 1.
     """
-    white = torch.randn(len(exponents), num_samples, generator=generator).to(exponents.device)
-    bins = torch.arange(num_samples // 2 + 1, device=exponents.device).clamp(min=1)
-    shaped = torch.fft.irfft(torch.fft.rfft(white) * bins ** (-exponents[:, None] / 2), n=num_samples)
+    size = _fast_length(num_samples)
+    white = torch.randn(len(exponents), size, generator=generator).to(exponents.device)
+    bins = torch.arange(size // 2 + 1, device=exponents.device).clamp(min=1)
+    shaped = torch.fft.irfft(torch.fft.rfft(white) * bins ** (-exponents[:, None] / 2), n=size)[:, :num_samples]
     return shaped / shaped.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-8)
 
 
@@ -102,7 +103,7 @@ def reverberate(waveforms: torch.Tensor, responses: torch.Tensor) -> torch.Tenso
     Returns:
         `torch.Tensor` of shape `(batch, num_samples)`.
     """
-    size = waveforms.shape[1] + responses.shape[1] - 1
+    size = _fast_length(waveforms.shape[1] + responses.shape[1] - 1)
     spectrum = torch.fft.rfft(waveforms, n=size) * torch.fft.rfft(responses, n=size)
     return torch.fft.irfft(spectrum, n=size)[:, : waveforms.shape[1]]
 
@@ -314,27 +315,34 @@ class KwsAugmenter:
             return limits[0] + (limits[1] - limits[0]) * uniform
 
         def chosen(probability: float) -> torch.Tensor:
-            return (torch.rand(batch, generator=generator) < probability).to(waveforms.device)
+            rows = (torch.rand(batch, generator=generator) < probability).nonzero()[:, 0]
+            return rows.to(waveforms.device)
 
-        factors = drawn(self.speeds).where(chosen(self.speed_probability), 1.0)
-        if bool((factors != 1).any()):
+        factors, rows = drawn(self.speeds), chosen(self.speed_probability)
+        if len(rows):
+            factors = torch.ones_like(factors).index_copy(0, rows, factors[rows])
             waveforms, lengths = change_speed(waveforms, factors, lengths)
         margins = [(drawn((0.0, self.max_margin)) * self.sampling_rate).long() for _ in range(2)]
         waveforms, lengths = _with_margins(waveforms, lengths, *margins)
-        responses = room_responses(
-            drawn(self.rt60), drawn(self.direct_to_reverberant_db), self.sampling_rate, generator
-        )
-        changed = reverberate(waveforms, responses)
-        waveforms = changed.where(chosen(self.room_probability)[:, None], waveforms)
-        changed = add_noise(waveforms, self._noise(waveforms, generator), drawn(self.snr_db), lengths)
-        waveforms = changed.where(chosen(self.noise_probability)[:, None], waveforms)
+        # What is not chosen is not computed: a room takes longer than the features of a clip.
+        rt60, distance, rows = drawn(self.rt60), drawn(self.direct_to_reverberant_db), chosen(self.room_probability)
+        if len(rows):
+            responses = room_responses(rt60[rows], distance[rows], self.sampling_rate, generator)
+            waveforms = waveforms.index_copy(0, rows, reverberate(waveforms[rows], responses))
+        snr_db, rows = drawn(self.snr_db), chosen(self.noise_probability)
+        if len(rows):
+            noise = self._noise(waveforms[rows], generator)
+            waveforms = waveforms.index_copy(0, rows, add_noise(waveforms[rows], noise, snr_db[rows], lengths[rows]))
         # Telephones and cheap microphones.
-        changed = band_limit(waveforms, drawn((50.0, 300.0)), drawn((3000.0, 6000.0)), self.sampling_rate)
-        waveforms = changed.where(chosen(self.band_probability)[:, None], waveforms)
+        low, high, rows = drawn((50.0, 300.0)), drawn((3000.0, 6000.0)), chosen(self.band_probability)
+        if len(rows):
+            limited = band_limit(waveforms[rows], low[rows], high[rows], self.sampling_rate)
+            waveforms = waveforms.index_copy(0, rows, limited)
         waveforms = waveforms * 10 ** (drawn(self.gain_db)[:, None] / 20)
-        changed = clip_peaks(waveforms, drawn((0.2, 0.8)))
-        waveforms = changed.where(chosen(self.clipping_probability)[:, None], waveforms)
-        waveforms = mu_law(waveforms).where(chosen(self.mu_law_probability)[:, None], waveforms)
+        level, rows = drawn((0.2, 0.8)), chosen(self.clipping_probability)
+        waveforms = waveforms.index_copy(0, rows, clip_peaks(waveforms[rows], level[rows]))
+        rows = chosen(self.mu_law_probability)
+        waveforms = waveforms.index_copy(0, rows, mu_law(waveforms[rows]))
         return (waveforms * _inside(waveforms, lengths)).clamp(-1, 1), lengths
 
     def _noise(self, waveforms: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -348,6 +356,11 @@ class KwsAugmenter:
             # A recording that is too short goes round.
             rows.append(noise.roll(-int(where * len(noise))).repeat(-(-size // len(noise)))[:size])
         return torch.stack(rows).to(waveforms)
+
+
+def _fast_length(num_samples: int) -> int:
+    """A length, not shorter, that a Fourier transform is quick at; lengths with large prime factors take many times longer."""
+    return -(-num_samples // 1024) * 1024
 
 
 def _inside(waveforms: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
