@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from .configuration_ced import CedConfig
+from .modeling_ced_table import NUM_SPECIAL, CedPhonemeTable, are_recognised, mean_states_of_runs
 from .modeling_kws_conformer import KwsConformerAttention, KwsConformerEncoder, phoneme_ctc_loss
 from .modeling_kws_outputs import KeywordSpottingOutput, KwsAudioFeatures, KwsTextFeatures
 from .modeling_kws_partition import dynamic_partition
@@ -21,20 +22,6 @@ from .modeling_kws_partition import dynamic_partition
 
 # Log odds of a phrase with more phonemes than the clip has states, which can't have been said in it.
 _REJECTED = -20.0
-# The padding and g2p_en's three other symbols that stand for no sound.
-_NUM_SPECIAL = 4
-
-
-class CedPhonemeTable(nn.Module):
-    """What the encoder's states are like for each phoneme. It is built from them and not trained."""
-
-    def __init__(self, config: CedConfig) -> None:
-        super().__init__()
-        self.vectors: torch.Tensor
-        self.register_buffer("vectors", torch.empty(config.vocab_size, config.hidden_size))
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, self.vectors)
 
 
 class CedVerifier(nn.Module):
@@ -320,75 +307,54 @@ class CedForKeywordSpotting(CedPreTrainedModel):
             zeros, which match nothing.
 
         Raises:
-            ValueError: if no clip could be used, or the numbers of symbols differ.
+            ValueError: if no clip could be used, what was spoken is missing, or the numbers of symbols differ.
         """
         if symbols is not None and len(symbols) != self.config.vocab_size:
             raise ValueError(f"There are {len(symbols)} `symbols` for a `vocab_size` of {self.config.vocab_size}.")
         was_training = self.training
         self.eval()
-        # A mean of many: they are added up in double precision.
-        sums = self.phoneme_table.vectors.new_zeros(self.phoneme_table.vectors.shape, dtype=torch.float64)
-        counts = sums.new_zeros(len(sums), dtype=torch.long)
+        try:
+            counts = self._fill_table(batches, symbols, max_clips, only_exact)
+        finally:
+            self.train(was_training)
+        if freeze_encoder:
+            self.freeze_encoder()
+        return counts
+
+    def _fill_table(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        symbols: Sequence[str] | None,
+        max_clips: int | None,
+        only_exact: bool,
+    ) -> torch.Tensor:
+        # Means of many: they are added up in double precision, which not every device has.
+        sums = torch.zeros(self.phoneme_table.vectors.shape, dtype=torch.float64)
+        counts = torch.zeros(len(sums), dtype=torch.long)
         num_clips = num_used = 0
         for batch in batches:
+            if only_exact and batch.get("phoneme_labels") is None:
+                raise ValueError("`batches` have no `phoneme_labels`: `only_exact` compares with them.")
             states, mask = self.get_audio_features(
                 batch["input_features"].to(self.device, self.dtype), batch["attention_mask"].to(self.device)
             )
             labels = self.ctc_head(states).argmax(-1).masked_fill(~mask, 0)
             used = torch.ones_like(mask[:, 0])
             if only_exact:
-                used &= _recognised(labels, batch["phoneme_labels"].to(self.device))
+                used &= are_recognised(labels, batch["phoneme_labels"].to(self.device))
             if max_clips is not None:
                 used &= used.cumsum(0) <= max_clips - num_used
-            phonemes, means = _mean_states_of_runs(states[used].double(), labels[used])
-            sums.index_add_(0, phonemes, means)
+            phonemes, means = (part.cpu() for part in mean_states_of_runs(states[used].float(), labels[used]))
+            sums.index_add_(0, phonemes, means.double())
             counts += phonemes.bincount(minlength=len(counts))
             num_clips, num_used = num_clips + len(used), num_used + int(used.sum())
             if num_used == max_clips:
                 break
-        self.train(was_training)
-        counts[:_NUM_SPECIAL] = 0
+        counts[:NUM_SPECIAL] = 0
         if not counts.any():
             raise ValueError(
                 f"None of the {num_clips} clips in `batches` could be used{' with `only_exact`' if only_exact else ''}: train "
                 "the encoder on with the CTC loss, or take clips that are recognised in part with `only_exact=False`."
             )
-        vectors = sums / counts.clamp(min=1)[:, None]
-        vectors[counts == 0] = 0
-        for phoneme, stresses in _other_stresses(symbols or (), counts).items():
-            vectors[phoneme] = vectors[stresses].mean(0)
-        self.phoneme_table.vectors.copy_(vectors)
-        if freeze_encoder:
-            self.freeze_encoder()
+        self.phoneme_table.fill(sums, counts, symbols)
         return counts
-
-
-def _recognised(labels: torch.Tensor, phoneme_labels: torch.Tensor) -> torch.Tensor:
-    """For each clip, whether what the frames say is what was spoken."""
-    starts = F.pad(labels[:, 1:] != labels[:, :-1], (1, 0), value=True) & (labels != 0)
-    rows = zip(labels, starts, phoneme_labels, strict=True)
-    return torch.stack([torch.tensor(torch.equal(row[start], spoken[spoken > 0])) for row, start, spoken in rows]).to(
-        labels.device
-    )
-
-
-def _mean_states_of_runs(states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The phoneme and the mean state of each run of frames with one label, blanks left out."""
-    starts = F.pad(labels[:, 1:] != labels[:, :-1], (1, 0), value=True).flatten()
-    run = starts.cumsum(0) - 1
-    phonemes = labels.flatten()[starts]
-    sums = states.new_zeros(len(phonemes), states.shape[-1]).index_add_(0, run, states.flatten(0, 1))
-    means = sums / run.bincount(minlength=len(phonemes))[:, None]
-    return phonemes[phonemes > 0], means[phonemes > 0]
-
-
-def _other_stresses(symbols: Sequence[str], counts: torch.Tensor) -> dict[int, list[int]]:
-    """For each phoneme that was not heard, the numbers of those that differ in stress alone and were."""
-    bare = [symbol.rstrip("012") for symbol in symbols]
-    heard = counts.tolist()
-    found = {
-        i: [j for j, other in enumerate(bare) if other == bare[i] and heard[j]]
-        for i in range(_NUM_SPECIAL, len(bare))
-        if not heard[i]
-    }
-    return {phoneme: others for phoneme, others in found.items() if others}
