@@ -11,8 +11,8 @@ With phonemes as units any phrase is known, and made-up confusable phrases are a
 
     python examples/train_dsp_kws.py --data path/to/clips --units phonemes --output_dir out/dsp-phonemes
 
-`--small` is a setting for two CPU cores: 3,000 clips take a quarter of an hour. `--partitioning equal` and `--partitioning
-attention` are what the paper compares with.
+`--small` is a setting for two CPU cores. `--partitioning equal` and `--partitioning attention` are there to compare with. Sizes
+are those of the paper; its schedule is not known, and the defaults are a guess at one for LibriPhrase and a GPU.
 
 It is an ordinary training script: `accelerate launch` spreads it over processes, every training argument can be given, and
 called again with `--resume_from_checkpoint true` (or the path of a checkpoint) it goes on where it stopped. Clips should begin and end with the speech: every
@@ -99,7 +99,7 @@ class DspTrainingArguments(KwsTrainingConfig):
     per_device_train_batch_size: int = field(default=256)
     per_device_eval_batch_size: int = field(default=64)
     max_steps: int = field(default=100_000)
-    # The paper trains the encoder to recognise speech first.
+    # The encoder learns to recognise speech first.
     ctc_steps: int = field(default=20_000)
     lr_scheduler_type: str = field(default="inverse_sqrt")
     warmup_steps: float = field(default=5_000)

@@ -12,9 +12,10 @@ class DspKwsConfig(PreTrainedConfig):
     Configuration of [`DspForKeywordSpotting`], after [dynamic sequence
     partitioning](https://huggingface.co/papers/2306.05245).
 
-    The paper gives a size, 3.7 M weights beside the text encoder, and not all of the dimensions. The defaults come to that
-    size: 3,598,560 of the encoder and 116,992 of the two projections with DistilBERT's 768 channels. Where the text
-    encoder is of phonemes, it has 0.5 M of its own, which are not needed after enrolment.
+    The paper's model is reported to have 3.7 M weights beside the text encoder. The defaults come to that size: 3,598,560 of
+    the encoder and 116,992 of the two projections with DistilBERT's 768 channels. Where the text encoder is of phonemes, it
+    has 0.5 M of its own, which are not needed after enrolment. Where a default is called chosen here, it is not known to be the
+    paper's.
 
     Args:
         text_config (`dict` or [`~transformers.PreTrainedConfig`], *optional*):
@@ -40,23 +41,23 @@ class DspKwsConfig(PreTrainedConfig):
         conv_kernel_size (`int`, *optional*, defaults to `3`):
             Frames that their convolutions see, an odd number.
         hidden_dropout (`float`, *optional*, defaults to `0.1`):
-            Dropout in training. The paper doesn't say.
+            Dropout in training, chosen here.
         projection_size (`int`, *optional*, defaults to `128`):
             Width of the space that frames and units are compared in.
         partitioning (`str`, *optional*, defaults to `"dynamic"`):
             Which frames are compared with which unit. `"dynamic"`: consecutive ones, so that the sum of the similarities of
             frames and their units is the greatest there is. `"dynamic_mean"`: the same for the similarities of units and the
             means of their frames. `"equal"`: equally many for each unit. `"attention"`: all, weighted by their similarity.
-            The last two are what the paper compares with.
+            The last two are there to compare with.
         attention_temperature (`float`, *optional*, defaults to `0.1`):
-            Of the weights of `"attention"`. The paper doesn't say.
+            Of the weights of `"attention"`, chosen here.
         initial_temperature (`float`, *optional*, defaults to `0.07`):
-            Where the temperature of the contrastive loss begins; it is trained. The paper doesn't say.
+            Where the temperature of the contrastive loss begins; it is trained. Chosen here.
         utterance_loss_weight (`float`, *optional*, defaults to `1.0`), contrastive_loss_weight (`float`, *optional*, defaults
         to `1.0`), ctc_loss_weight (`float`, *optional*, defaults to `1.0`):
             Weights of the losses: whether a clip holds its phrase, which of the batch's phrases it holds, and which phonemes
-            were spoken. The paper trains the encoder to recognise speech before the rest; that goes on here while the rest is
-            trained.
+            were spoken. The paper has a contrastive loss; that the others stand beside it is chosen here, and so are the
+            weights. `ctc_steps` of [`KwsTrainingConfig`] train the encoder to recognise speech before the rest.
 
     Raises:
         ValueError: if a number is out of range, heads don't divide the width, or `text_config` is of no text encoder.

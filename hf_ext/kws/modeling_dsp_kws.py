@@ -18,7 +18,7 @@ from .modeling_kws_outputs import KeywordSpottingOutput, KwsAudioFeatures, KwsTe
 from .modeling_kws_partition import dynamic_mean_partition, dynamic_partition, equal_partition
 
 
-# Where the log odds of a phrase begin, as a multiple of its score; the paper doesn't say.
+# Where the log odds of a phrase begin, as a multiple of its score; chosen here.
 _INITIAL_SCALE = 10.0
 
 
