@@ -38,12 +38,17 @@ class SlickConfig(PreTrainedConfig):
         num_matcher_heads (`int`, *optional*, defaults to `1`):
             Heads of the attention of phonemes over frames. The paper's formula has one.
         matcher_positions (`bool`, *optional*, defaults to `True`):
-            Whether phonemes and frames know their place. The paper's phonemes don't: two that are alike give the same
-            query.
+            Whether phonemes know their place in the phrase. The paper's don't: two that are alike give the same query.
         head_type (`str`, *optional*, defaults to `"flatten"`):
             `"flatten"`: weights of its own for each place in the phrase, and for each prefix, as in the paper. `"shared"`: the
             mean of one score per phoneme. It has no bound on the length, and does not hear the beginning more than the
             rest ([No Word Left Behind](https://huggingface.co/papers/2602.08930)).
+        matcher_score_weight (`float`, *optional*, defaults to `1.0`), ctc_score_weight (`float`, *optional*, defaults to
+        `0.0`), score_bias (`float`, *optional*, defaults to `0.0`):
+            The log odds are the matcher's times the first weight, and, if the second isn't 0, the cost per phoneme of
+            reading the phrase in the output of the CTC layer ([`ctc_phrase_scores`]) times the second, and the bias. The
+            paper leaves the CTC layer out at inference; on recordings unlike the training data it knows more than the
+            matcher. The weights change no loss: they are set after training.
         utterance_loss_weight (`float`, *optional*, defaults to `2.0`), prefix_loss_weight (`float`, *optional*, defaults to
         `1.0`), ctc_loss_weight (`float`, *optional*, defaults to `5.0`):
             Weights of the three losses.
@@ -85,6 +90,9 @@ class SlickConfig(PreTrainedConfig):
     num_matcher_heads: int = 1
     matcher_positions: bool = True
     head_type: Literal["flatten", "shared"] = "flatten"
+    matcher_score_weight: float | int = 1.0
+    ctc_score_weight: float | int = 0.0
+    score_bias: float | int = 0.0
     utterance_loss_weight: float | int = 2.0
     prefix_loss_weight: float | int = 1.0
     ctc_loss_weight: float | int = 5.0

@@ -121,6 +121,11 @@ def _word(word: str, lexicon: Mapping[str, list[Pronunciation]]) -> list[Pronunc
     return [_guess(word)]
 
 
+def is_known(word: str) -> bool:
+    """Whether the packaged lexicon has a word, in lower case."""
+    return bool(_known(word))
+
+
 def _known(word: str) -> list[Pronunciation]:
     # g2p_en chooses between the readings of a homograph by the part of speech, with a tagger that has to be downloaded.
     # What it takes for a word by itself comes first here, and the other reading is an alternative.

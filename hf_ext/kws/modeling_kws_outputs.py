@@ -31,10 +31,13 @@ class KwsTextFeatures(NamedTuple):
             Vectors of the phonemes.
         attention_mask (`torch.BoolTensor` of shape `(num_phrases, phonemes)`):
             True for phonemes that are no padding.
+        keyword_ids (`torch.LongTensor` of shape `(num_phrases, phonemes)`, *optional*):
+            The phonemes, for models that need them to score.
     """
 
     last_hidden_state: torch.Tensor
     attention_mask: torch.Tensor
+    keyword_ids: torch.Tensor | None = None
 
 
 @dataclass

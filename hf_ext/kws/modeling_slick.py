@@ -11,6 +11,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_slick import SlickConfig
 from .modeling_kws_conformer import KwsConformerAttention, KwsConformerEncoder, phoneme_ctc_loss, sinusoids
+from .modeling_kws_ctc_score import ctc_phrase_scores
 from .modeling_kws_outputs import KeywordSpottingOutput, KwsAudioFeatures, KwsTextFeatures
 
 
@@ -38,22 +39,17 @@ class SlickMatcher(nn.Module):
             `torch.Tensor` of shape `(batch_size, num_phrases, num_phonemes, hidden_size)`.
         """
         places = phonemes.shape[1:3]
-        keys = frames
         if self.positions:
-            phonemes = phonemes + self._positions(phonemes)
-            keys = frames + self._positions(frames)
+            # Of the phonemes alone: where in a clip the phrase begins means nothing.
+            steps = torch.arange(phonemes.shape[-2], device=phonemes.device)
+            phonemes = phonemes + sinusoids(steps, phonemes.shape[-1]).to(phonemes.dtype)
         queries = self.q_proj(phonemes).flatten(1, 2).expand(len(frames), -1, -1)
-        query, key, value = map(self._heads, (queries, self.k_proj(keys), self.v_proj(frames)))
+        query, key, value = map(self._heads, (queries, self.k_proj(frames), self.v_proj(frames)))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
         return attended.transpose(1, 2).flatten(2).unflatten(1, places)
 
     def _heads(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    @staticmethod
-    def _positions(hidden: torch.Tensor) -> torch.Tensor:
-        length, size = hidden.shape[-2:]
-        return sinusoids(torch.arange(length, device=hidden.device), size).to(hidden.dtype)
 
 
 class SlickFlattenHead(nn.Module):
@@ -126,7 +122,8 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
     Text-defined keyword spotting by attention of 25 phonemes over the states of a small conformer.
 
     The loss joins three: whether the clip holds the phrase, whether it holds each prefix of the phrase, and which phonemes
-    were spoken (CTC). The layers of the last two are not used at inference.
+    were spoken (CTC). The layers of the last two are not used at inference, unless `ctc_score_weight` says that what the CTC
+    layer hears counts too.
 
     Args:
         config ([`SlickConfig`]):
@@ -197,7 +194,7 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
             ValueError: if a phrase has more phonemes than the model takes.
         """
         ids, mask = self._padded_phrases(keyword_ids, keyword_attention_mask)
-        return KwsTextFeatures(last_hidden_state=self.phoneme_embedding(ids), attention_mask=mask)
+        return KwsTextFeatures(last_hidden_state=self.phoneme_embedding(ids), attention_mask=mask, keyword_ids=ids)
 
     def score(self, audio: KwsAudioFeatures, text: KwsTextFeatures) -> torch.Tensor:
         """
@@ -213,7 +210,8 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
             `torch.Tensor` of shape `(batch_size, num_phrases)`.
         """
         matched = self.matcher(text.last_hidden_state[None], audio.last_hidden_state, audio.attention_mask)
-        return self.head(matched, text.attention_mask[None])
+        matches = self.head(matched, text.attention_mask[None])
+        return self._log_odds(matches, audio, text.keyword_ids, text.attention_mask)
 
     @can_return_tuple
     def forward(
@@ -264,9 +262,10 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
                 )
             ids, mask = self._padded_phrases(keyword_ids, keyword_attention_mask)
             matched = self.matcher(self.phoneme_embedding(ids)[:, None], frames, frame_mask)[:, 0]
-            logits = self.head(matched, mask)
+            matches = self.head(matched, mask)
+            logits = self._log_odds(matches[:, None], audio, ids[:, None], mask[:, None])[:, 0]
             if labels is not None:
-                losses["utterance_loss"] = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+                losses["utterance_loss"] = F.binary_cross_entropy_with_logits(matches, labels.to(matches.dtype))
             if phoneme_labels is not None:
                 prefix_logits = self.head.prefixes(matched, mask)
                 agree = _prefixes_agree(ids, phoneme_labels).to(prefix_logits.dtype)
@@ -283,6 +282,16 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
             audio_features=audio,
             **losses,
         )
+
+    def _log_odds(
+        self, matches: torch.Tensor, audio: KwsAudioFeatures, ids: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The matcher's log odds, of shape `(batch_size, num_phrases)`, and what the CTC layer says beside it."""
+        odds = self.config.matcher_score_weight * matches + self.config.score_bias
+        if self.config.ctc_score_weight:
+            log_probs = self.ctc_head(audio.last_hidden_state).float().log_softmax(-1)
+            odds = odds + self.config.ctc_score_weight * ctc_phrase_scores(log_probs, audio.attention_mask, ids, mask)
+        return odds
 
     def _padded_phrases(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if ids.dim() != 2:

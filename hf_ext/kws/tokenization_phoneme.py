@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer
 
-from hf_ext.kws.g2p import SYMBOLS, Pronunciation, check_phonemes, pronunciations
+from hf_ext.kws.g2p import SYMBOLS, Pronunciation, check_phonemes, is_known, pronunciations
 
 
 class PhonemeTokenizer(PreTrainedTokenizer):
@@ -85,6 +85,20 @@ class PhonemeTokenizer(PreTrainedTokenizer):
         if not found:
             raise _unpronounceable(text)
         return [list(phonemes) for phonemes in found]
+
+    def in_lexicon(self, word: str) -> bool:
+        """
+        Whether a word's pronunciation is known, from the lexicon given or the packaged one, and need not be guessed.
+
+        Args:
+            word (`str`):
+                One word.
+
+        Returns:
+            `bool`
+        """
+        headword = word.casefold().replace("’", "'")
+        return headword in self._lexicon or is_known(headword)
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         tokens = super().tokenize(text, **kwargs)

@@ -137,6 +137,10 @@ class KwsTrialDataset(Dataset):
         """Draws anew for this epoch; [`KwsTrainer`] calls it."""
         self.epoch = epoch
 
+    def durations(self) -> list[float]:
+        """Seconds of each item, before any change: `duration_s` of its row, or what the header of its file says."""
+        return [_duration(trial) for trial in self.trials]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         # Iterating a sequence ends with this error.
         if not -len(self) <= index < len(self):
@@ -255,6 +259,10 @@ class KwsPairDataset(KwsTrialDataset):
 
     def __len__(self) -> int:
         return len(self.rows) * (len(self.kinds) if self.every_kind else 1)
+
+    def durations(self) -> list[float]:
+        times = len(self.kinds) if self.every_kind else 1
+        return [_duration(self.trials[row]) for row in self.rows for _ in range(times)]
 
     def hard_negatives(self, text: str) -> list[str]:
         """The nearest phrases of the vocabulary, and some that share the beginning or the end of this one."""
@@ -381,6 +389,16 @@ class KwsDataCollator:
         batch["labels"] = torch.tensor([float(pair["label"]) for pair in pairs])
         batch["pair_kinds"] = torch.tensor([PAIR_KINDS.index(pair["kind"]) for pair in pairs])
         return batch
+
+
+def _duration(row: Mapping[str, Any]) -> float:
+    if row.get("start") not in (None, "") and row.get("end") not in (None, ""):
+        return float(row["end"]) - float(row["start"])
+    if row.get("duration_s") not in (None, ""):
+        return float(row["duration_s"])
+    if isinstance(row["audio"], (str, os.PathLike)):
+        return float(_soundfile().info(os.fspath(row["audio"])).duration)
+    return len(read_audio(row)) / 16000
 
 
 def _column(rows: Any, name: str) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_ext.hub.model_card import kws_model_card
 from hf_ext.kws.processing_kws import KwsProcessor
@@ -245,6 +246,14 @@ class KwsTrainer(Trainer):
         if license is not None:
             card.data.license = license
         card.save(Path(folder) / "README.md")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "durations"):
+            return super()._get_train_sampler(train_dataset)
+        # The lengths that transformers would look for are those of the features, which the collator makes.
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch_size, lengths=[round(1000 * seconds) for seconds in dataset.durations()])
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         return self._without_stripes(super().get_eval_dataloader, eval_dataset)

@@ -1,0 +1,85 @@
+"""The cost of reading a phrase in the output of a CTC head."""
+
+import itertools
+
+import pytest
+import torch
+
+from hf_ext import SlickConfig, SlickForKeywordSpotting
+from hf_ext.kws.modeling_kws_ctc_score import ctc_phrase_scores
+
+
+def cheapest_reading(log_probs, phonemes):
+    """Over every segment and every path through it that spells the phonemes."""
+    costs = log_probs - log_probs.amax(-1, keepdim=True)
+    frames = len(costs)
+    readings = []
+    for start, end in itertools.combinations(range(frames + 1), 2):
+        for path in itertools.product([0, *sorted(set(phonemes))], repeat=end - start):
+            spelled = [symbol for symbol, _ in itertools.groupby(path) if symbol]
+            if spelled == phonemes:
+                readings.append(sum(costs[start + i, symbol].item() for i, symbol in enumerate(path)))
+    return max(readings) / len(phonemes)
+
+
+def test_equals_the_best_of_all_paths_through_all_segments():
+    generator = torch.Generator().manual_seed(0)
+    log_probs = (2 * torch.randn(3, 6, 5, generator=generator)).log_softmax(-1)
+    mask = torch.arange(6) < torch.tensor([[6], [4], [5]])
+    phonemes = torch.tensor([[1, 2, 0], [3, 3, 0], [2, 0, 0], [1, 2, 4]])
+    scores = ctc_phrase_scores(log_probs, mask, phonemes, phonemes > 0)
+    for clip, row, length in zip(log_probs, scores, mask.sum(-1).tolist(), strict=True):
+        expected = [cheapest_reading(clip[:length], [p for p in phrase if p]) for phrase in phonemes.tolist()]
+        torch.testing.assert_close(row, torch.tensor(expected))
+    one_each = ctc_phrase_scores(log_probs, mask, phonemes[:3, None], phonemes[:3, None] > 0)
+    torch.testing.assert_close(one_each[:, 0], scores.diagonal())
+
+
+def test_likeliest_symbols_that_spell_the_phrase_cost_nothing():
+    said = torch.tensor([0, 3, 3, 0, 0, 2, 4, 4, 0])
+    log_probs = torch.nn.functional.one_hot(said, 5).float()[None].mul(9).log_softmax(-1)
+    mask = torch.ones(1, len(said), dtype=torch.bool)
+    phrases = torch.tensor([[3, 2, 4], [2, 4, 0], [2, 3, 4]])
+    scores = ctc_phrase_scores(log_probs, mask, phrases, phrases > 0)[0]
+    # A phrase inside of what was said is read there as well; another order is not.
+    assert scores[0] == 0 and scores[1] == 0 and scores[2] < -1
+
+
+def test_clip_shorter_than_the_phrase_costs_more_than_any_reading():
+    log_probs = torch.randn(1, 2, 9).log_softmax(-1)
+    phrase = torch.tensor([[1, 2, 3]])
+    score = ctc_phrase_scores(log_probs, torch.ones(1, 2, dtype=torch.bool), phrase, phrase > 0)
+    assert score < -1000 and torch.isfinite(score).all()
+
+
+def test_silence_around_a_clip_changes_nothing():
+    torch.manual_seed(0)
+    log_probs = (3 * torch.randn(1, 8, 6)).log_softmax(-1)
+    silence = torch.tensor([9.0, 0, 0, 0, 0, 0]).log_softmax(-1).expand(1, 5, 6)
+    phrase = torch.tensor([[1, 2, 3]])
+    alone = ctc_phrase_scores(log_probs, torch.ones(1, 8, dtype=torch.bool), phrase, phrase > 0)
+    inside = torch.cat([silence, log_probs, silence], dim=1)
+    torch.testing.assert_close(
+        ctc_phrase_scores(inside, torch.ones(1, 18, dtype=torch.bool), phrase, phrase > 0), alone
+    )
+
+
+@pytest.mark.parametrize("head_type", ["flatten", "shared"])
+def test_score_and_forward_weigh_matcher_and_reading_alike(head_type):
+    torch.manual_seed(0)
+    config = SlickConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=16, head_type=head_type)
+    model = SlickForKeywordSpotting(config).eval()
+    features, ids = torch.randn(3, 60, 80), torch.randint(4, 74, (3, 5))
+    audio, text = model.get_audio_features(features), model.get_text_features(ids)
+    by_matcher = model.score(audio, text)
+    config.update({"matcher_score_weight": 0.0, "ctc_score_weight": 2.0, "score_bias": 0.5})
+    reading = (model.score(audio, text) - 0.5) / 2
+    assert (reading < 0).all()
+    config.update({"matcher_score_weight": 3.0})
+    both = model.score(audio, text)
+    torch.testing.assert_close(both, 3 * by_matcher + 2 * reading + 0.5)
+    output = model(features, keyword_ids=ids, labels=torch.ones(3))
+    torch.testing.assert_close(output.logits, both.diagonal())
+    # The loss is the paper's, whatever the weights of the score are.
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(by_matcher.diagonal(), torch.ones(3))
+    torch.testing.assert_close(output.utterance_loss, expected)
