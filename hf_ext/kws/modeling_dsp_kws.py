@@ -288,7 +288,8 @@ class DspForKeywordSpotting(DspKwsPreTrainedModel):
                     f"There are {len(keyword_ids)} phrases in `keyword_ids` for {len(input_features)} clips. To match each "
                     "clip with each phrase, use `score`."
                 )
-            units, unit_mask = self.get_text_features(keyword_ids, keyword_attention_mask, keyword_word_ids)
+            text = self.get_text_features(keyword_ids, keyword_attention_mask, keyword_word_ids)
+            units, unit_mask = text.last_hidden_state, text.attention_mask
             if labels is None:
                 logits = self._log_odds(self._cosines(audio, units[:, None], unit_mask[:, None])[:, 0])
             else:
