@@ -39,7 +39,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 
 setup: $(VENV)/.dev  ## Create .venv with the package, every extra and the development tools (once).
 
-demo: $(VENV)/.demo  ## Speed up a language model and make its compute follow difficulty (offline, CPU, minutes).
+demo: $(VENV)/.demo  ## Text in fewer steps, compute by difficulty, typed phrases in speech (offline, CPU, minutes).
 	$(BIN)/hf-ext demo $(DEMO_ARGS)
 
 test: check  ## Run the checks and all tests, as CI does; PYTEST_ARGS='-k layout' selects.

@@ -22,7 +22,9 @@ class _Door(NamedTuple):
 
 _DOORS = {
     "demo": _Door(
-        "hf_ext.cli.demo", "demo", "See it at work: the same text in fewer steps, and compute by difficulty."
+        "hf_ext.cli.demo",
+        "demo",
+        "See it at work: text in fewer steps, compute by difficulty, typed phrases in speech.",
     ),
     "mtp": _Door("hf_ext.cli.mtp", "app", "Multi-token prediction: train an adapter, generate with it, measure it."),
     "dynamoe": _Door("hf_ext.cli.dynamoe", "app", "Nested experts: convert a dense model, train, evaluate, time it."),

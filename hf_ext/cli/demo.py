@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from hf_ext.cli.demo_dynamoe import nested_experts_section
+from hf_ext.cli.demo_kws import keyword_spotting_section
 from hf_ext.cli.demo_mtp import multi_token_section
 from hf_ext.cli.demo_options import PROMPTS, DemoOptions
 from hf_ext.cli.options import DeviceOption, DtypeOption, ThreadsOption
@@ -23,6 +24,7 @@ from hf_ext.cli.report import Section, print_section, render_page
 SECTIONS: dict[str, Callable[[DemoOptions, Console], tuple[Section, dict[str, str]] | None]] = {
     "mtp": multi_token_section,
     "dynamoe": nested_experts_section,
+    "kws": keyword_spotting_section,
 }
 
 
@@ -48,6 +50,13 @@ def demo(
     training_steps: Annotated[
         int, typer.Option(min=0, help="Steps that nested experts are trained for; 0 leaves them out.")
     ] = 120,
+    speech: Annotated[bool, typer.Option(help="Look for typed phrases in speech.")] = True,
+    phrase: Annotated[
+        list[str] | None, typer.Option(help="A phrase of your own to look for; may be repeated.")
+    ] = None,
+    kws_model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of a keyword spotting model; by default the shipped one.")
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
@@ -55,8 +64,8 @@ def demo(
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
 ) -> None:
     """
-    Speed up a language model with its output unchanged, make it spend compute where text is difficult, and write a page to
-    look at.
+    Speed up a language model with its output unchanged, make it spend compute where text is difficult, find typed phrases in
+    speech, and write a page to look at.
 
     Example: `hf-ext demo`, or `hf-ext demo --model my-org/model --adapter my-org/model-mtp --prompt "def main("`
     """
@@ -74,6 +83,9 @@ def demo(
         dtype,
         threads,
         training_steps,
+        speech,
+        phrase or (),
+        kws_model,
     )
     run(options, output_dir, open_page, draw, Console())
 

@@ -34,3 +34,6 @@ class DemoOptions:
     dtype: str = "auto"
     threads: int | None = None
     training_steps: int = 120
+    speech: bool = True
+    phrases: Sequence[str] = ()
+    kws_model: str | None = None

@@ -13,10 +13,10 @@ import torch
 import typer
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from hf_ext import AutoModelForKeywordSpotting, DynaMoeForCausalLM, shipped_model
+from hf_ext import DynaMoeForCausalLM, shipped_model
 from hf_ext.cli.compare import share_weights
 
 
@@ -99,6 +99,10 @@ def load_spotter(name: str | None, device: str | None = None) -> Any:
     Raises:
         typer.BadParameter: where there is no such model, or another kind of one.
     """
+    from transformers import AutoProcessor, pipeline
+
+    from hf_ext import AutoModelForKeywordSpotting
+
     logging.disable_progress_bar()
     try:
         folder = shipped_model("slick-small") if name is None else name

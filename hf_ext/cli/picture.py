@@ -116,7 +116,8 @@ def _draw_heat_map(axes: Axes, chart: HeatMap) -> None:
 
     colours = LinearSegmentedColormap.from_list("share", SHADES)
     axes.imshow(chart.values, cmap=colours, vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(chart.columns)), chart.columns, fontsize=8, color=_SOFT)
+    slant: dict[str, Any] = {"rotation": 25, "ha": "right"} if max(map(len, chart.columns)) > 8 else {}
+    axes.set_xticks(range(len(chart.columns)), chart.columns, fontsize=8, color=_SOFT, **slant)
     axes.set_yticks(range(len(chart.rows)), chart.rows, fontsize=8, color=_SOFT)
     axes.set_xlabel(chart.x_label, color=_SOFT, fontsize=9)
     axes.set_ylabel(chart.y_label, color=_SOFT, fontsize=9)

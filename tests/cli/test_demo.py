@@ -24,7 +24,7 @@ def small(base_folder, adapter_folder, tmp_path):
     return (
         *("--model", base_folder, "--adapter", adapter_folder, "--device", "cpu"),
         *("--num-prompts", 2, "--max-new-tokens", 10, "--repeats", 1, "--output-dir", tmp_path / "demo"),
-        *("--training-steps", 0),
+        *("--training-steps", 0, "--no-speech"),
     )
 
 
@@ -180,6 +180,7 @@ class TestSections:
 
         monkeypatch.setitem(SECTIONS, "mtp", make("mtp"))
         monkeypatch.setitem(SECTIONS, "dynamoe", lambda options, console: None)
+        monkeypatch.setitem(SECTIONS, "kws", lambda options, console: None)
         monkeypatch.setitem(SECTIONS, "second", make("second"))
         drawn = []
         page = run(DemoOptions(), tmp_path, False, lambda section, path: drawn.append(path.name), Console(quiet=True))
@@ -227,6 +228,6 @@ class TestVerdict:
 
 
 def test_importing_the_commands_loads_neither_matplotlib_nor_trl():
-    code = "import sys, hf_ext.cli.demo, hf_ext.cli.mtp, hf_ext.cli.dynamoe; print('matplotlib' in sys.modules, 'trl' in sys.modules)"
+    code = "import sys, hf_ext.cli.demo, hf_ext.cli.mtp, hf_ext.cli.dynamoe, hf_ext.cli.kws; print('matplotlib' in sys.modules, 'trl' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert output.stdout.split() == ["False", "False"]

@@ -1,0 +1,319 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from typer.testing import CliRunner
+
+from hf_ext import AutoModelForKeywordSpotting, KwsProcessor, SlickConfig, SlickForKeywordSpotting, assets
+from hf_ext.cli import app, demo_kws
+from hf_ext.cli.charts import Raster
+from hf_ext.cli.kws_scores import Scored, duration_only_scores, figures_of
+from hf_ext.cli.kws_views import alignment, det_curve, figures_table, gate_activity, score_histograms, spectrogram
+from hf_ext.cli.picture import draw
+from hf_ext.cli.report import Section, render_page
+from hf_ext.kws.training import synthesis
+
+
+WORDS = ["lights on", "lights off", "play music", "stop", "volume up", "volume down", "yes", "no", "open", "close"]
+WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)), env=WIDE)
+
+
+def says(outcome, *words):
+    assert outcome.exit_code == 2, outcome.output
+    flat = " ".join(outcome.output.replace("│", " ").split())
+    for word in words:
+        assert word in flat
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """A tone for each letter, two clips a word: an audiofolder."""
+    folder = tmp_path_factory.mktemp("recordings")
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "text", "speaker"])
+        for word in WORDS:
+            for speaker, pitch in (("ann", 300), ("bob", 220)):
+                time = np.arange(1600) / 16000
+                tones = [0.3 * np.sin(2 * np.pi * (pitch + 120 * (ord(letter) % 26)) * time) for letter in word]
+                name = f"{word.replace(' ', '-')}-{speaker}.wav"
+                soundfile.write(folder / name, np.concatenate(tones), 16000)
+                writer.writerow([name, word, speaker])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spotter_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("spotter") / "tiny"
+    config = SlickConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    SlickForKeywordSpotting(config).save_pretrained(folder)
+    KwsProcessor().save_pretrained(folder)
+    return folder
+
+
+TINY = ("--set", "hidden_size=16", "--set", "num_hidden_layers=1", "--set", "intermediate_size=16")
+QUICK = ("--steps", 2, "--batch-size", 4, "--device", "cpu")
+
+
+class TestTrain:
+    @pytest.mark.parametrize(("model_type", "fields"), [("slick", TINY), ("ced_kws", TINY[:4]), ("dsp_kws", TINY[:4])])
+    def test_the_model_that_it_trains_is_saved_with_processor_and_card(self, recordings, tmp_path, model_type, fields):
+        folder = tmp_path / "out"
+        outcome = invoke(
+            *("kws", "train", "--data", recordings, "--output-dir", folder, "--model_type", model_type, *fields),
+            *(*QUICK, "--eval-clips", 4, "--no-augment"),
+        )
+        assert outcome.exit_code == 0, outcome.output
+        for word in ("4 clips of 2 other phrases are kept apart", "random", "hard", "hf-ext kws eval --model"):
+            assert word in " ".join(outcome.output.split())
+        model = AutoModelForKeywordSpotting.from_pretrained(folder)
+        assert model.config.model_type == model_type and model.config.hidden_size == 16
+        # Features have the mean and the spread of the training clips.
+        assert len(KwsProcessor.from_pretrained(folder).feature_extractor.mean) == model.config.num_mel_bins
+        card = (folder / "README.md").read_text()
+        assert f"`{model_type}`" in card and "| hard |" in card
+
+    @pytest.mark.skipif(not synthesis.installed_engines(), reason="no synthesiser is installed")
+    def test_words_are_synthesised(self, tmp_path):
+        (tmp_path / "words.txt").write_text("open\n\nclose\n")
+        outcome = invoke(
+            *("kws", "train", "--words", "yes, no", "--words_file", tmp_path / "words.txt", "--clips_per_word", 1),
+            *("--output_dir", tmp_path / "out", *TINY, *QUICK, "--eval-clips", 0),
+        )
+        assert outcome.exit_code == 0, outcome.output
+        assert "4 clips of 4 phrases" in outcome.output
+        assert len(list((tmp_path / "out" / "synthesised").rglob("*.flac"))) == 4
+
+    def test_it_goes_on_from_a_model(self, recordings, spotter_folder, tmp_path):
+        outcome = invoke(
+            *("kws", "train", "--data", recordings, "--model", spotter_folder, "--output-dir", tmp_path, *QUICK),
+            *("--eval-data", recordings, "--noise", recordings),
+        )
+        assert outcome.exit_code == 0, outcome.output
+        assert AutoModelForKeywordSpotting.from_pretrained(tmp_path).config.hidden_size == 16
+
+    def test_errors_say_the_way_out(self, recordings, spotter_folder, tmp_path):
+        train = ("kws", "train", "--output-dir", tmp_path / "x")
+        says(invoke(*train), "nothing to train on", "--data", "--words")
+        says(invoke(*train, "--data", tmp_path), "has no metadata.csv")
+        data = (*train, "--data", recordings)
+        says(invoke(*data, "--model-type", "slik"), "slik")
+        says(invoke(*data, "--model-type", "llama"), "Unrecognized configuration class")
+        says(invoke(*data, "--set", "width=3"), "--set width: a slick model has no such field")
+        says(invoke(*data, "--set", "hidden_size"), "must name a field and its value")
+        says(invoke(*data, "--set", "hidden_size=6"), "`num_attention_heads` (4) does not divide")
+        says(invoke(*data, "--model", spotter_folder, "--set", "hidden_size=8"), "is for a new model")
+        says(invoke(*data, "--noise", spotter_folder), "has no audio files")
+        assert not (tmp_path / "x" / "config.json").exists()
+
+
+class TestEval:
+    def test_table_pictures_page_and_figures(self, recordings, spotter_folder, tmp_path):
+        pytest.importorskip("matplotlib")
+        folder = tmp_path / "eval"
+        outcome = invoke(
+            *(
+                "kws",
+                "eval",
+                "--model",
+                spotter_folder,
+                "--data",
+                recordings,
+                "--output-dir",
+                folder,
+                "--device",
+                "cpu",
+            ),
+            *("--resamples", 20, "--json", tmp_path / "own.json"),
+        )
+        assert outcome.exit_code == 0, outcome.output
+        for word in ("tiny on recordings", "60 trials of 10 phrases", "20 / 20", "20 / 40", "whole speakers"):
+            assert word in " ".join(outcome.output.split())
+        for name in ("detection", "inside"):
+            assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        page = (folder / "index.html").read_text()
+        assert "data:image/png;base64," in page and str(folder.parent) not in page
+        figures = json.loads((tmp_path / "own.json").read_text())
+        assert figures == json.loads((folder / "results.json").read_text())
+        assert [own["negatives"] for own in figures["figures"]] == ["all", "random", "hard"]
+        for own in figures["figures"]:
+            low, high = own["auc_interval"]
+            assert 0 <= low <= own["auc"] <= high <= 1 and 0.5 <= own["duration_only_auc"] <= 1
+
+    def test_trials_of_a_file_score_as_the_model_says(self, recordings, spotter_folder, tmp_path):
+        pytest.importorskip("matplotlib")
+        rows = ["audio,phrase,label,start,end"]
+        rows += [f"{recordings}/stop-ann.wav,{phrase},{int(phrase == 'stop')},," for phrase in WORDS]
+        rows += [f"{recordings}/yes-bob.wav,{phrase},{int(phrase == 'yes')},0.1,0.25" for phrase in WORDS]
+        (tmp_path / "trials.csv").write_text("\n".join(rows))
+        outcome = invoke(
+            *("kws", "eval", "--model", spotter_folder, "--data", tmp_path / "trials.csv", "--output-dir", tmp_path),
+            *("--device", "cpu", "--resamples", 0, "--max-pronunciations", 1),
+        )
+        assert outcome.exit_code == 0, outcome.output
+        (figures,) = json.loads((tmp_path / "results.json").read_text())["figures"]
+        assert (figures["num_positives"], figures["num_negatives"], figures["auc_interval"]) == (2, 18, None)
+        model, processor = AutoModelForKeywordSpotting.from_pretrained(spotter_folder), KwsProcessor()
+        scores = []
+        for name, piece in (("stop-ann", slice(None)), ("yes-bob", slice(1600, 4000))):
+            samples = soundfile.read(recordings / f"{name}.wav", dtype="float32")[0][piece]
+            inputs = processor(audio=samples, text=WORDS, sampling_rate=16000, return_tensors="pt")
+            with torch.no_grad():
+                audio = model.eval().get_audio_features(inputs["input_features"], inputs["attention_mask"])
+                text = model.get_text_features(inputs["keyword_ids"], inputs["keyword_attention_mask"])
+                scores += model.score(audio, text)[0].tolist()
+        own = (
+            scores[WORDS.index("stop")],
+            scores[10 + WORDS.index("yes")],
+        )
+        others = [
+            score for place, score in enumerate(scores) if place not in (WORDS.index("stop"), 10 + WORDS.index("yes"))
+        ]
+        better = np.mean([(score > other) + 0.5 * (score == other) for score in own for other in others])
+        assert figures["auc"] == pytest.approx(better, abs=1e-6)
+
+    def test_errors_say_the_way_out(self, recordings, spotter_folder, base_folder, tmp_path):
+        pytest.importorskip("matplotlib")
+        model = ("kws", "eval", "--model", spotter_folder, "--output-dir", tmp_path / "x")
+        says(invoke("kws", "eval", "--model", tmp_path / "no", "--data", recordings), "can't load a keyword spotting")
+        says(invoke("kws", "eval", "--model", base_folder, "--data", recordings), "can't load a keyword spotting")
+        says(invoke(*model, "--data", tmp_path / "missing"), "can't make trials", "metadata.csv")
+        file = tmp_path / "trials.csv"
+        for content, words in [
+            ("audio,phrase\nx,y\n", "lacks the columns ['label']"),
+            ("audio,phrase,label\nx.wav,y,2\n", "`label` is '2' in line 2"),
+            ("audio,phrase,label,kind\nx.wav,y,1,hard\n", "`kind` is 'hard' in line 2, with the label 1"),
+            ("audio,phrase,label\nx.wav,y,1\n", "x.wav can't be read"),
+            (f"audio,phrase,label\n{recordings}/yes-ann.wav,yes,1\n", "one class only"),
+            (f"audio,phrase,label\n{recordings}/yes-ann.wav,?,1\n", "can be pronounced"),
+        ]:
+            file.write_text(content)
+            says(invoke(*model, "--data", file), words)
+
+
+@pytest.fixture
+def scored():
+    draw = np.random.default_rng(0)
+    labels = np.array([1] * 60 + [0] * 120)
+    kinds = np.array(["positive"] * 60 + ["random"] * 60 + ["hard"] * 60)
+    scores = draw.normal(size=180) + 3 * labels - 2 * (kinds == "random")
+    phonemes = draw.integers(3, 12, 180)
+    seconds = 0.1 * phonemes + 0.2
+    seconds[60:] = seconds[60:][::-1]
+    texts = ["a"] * 180
+    return Scored(scores, labels, kinds, seconds, phonemes, [str(i % 20) for i in range(180)], texts, texts)
+
+
+class TestFigures:
+    def test_negatives_are_told_apart_and_intervals_hold_the_figures(self, scored):
+        every, random, hard = figures_of(scored, resamples=50)
+        assert (every.num_negatives, random.num_negatives, hard.num_negatives) == (120, 60, 60)
+        assert random.auc > every.auc > hard.auc and random.eer < hard.eer
+        for own in (every, random, hard):
+            assert own.auc_interval[0] <= own.auc <= own.auc_interval[1]
+            assert own.eer_interval[0] <= own.eer <= own.eer_interval[1]
+        assert random.miss_rate_at_1_percent_false_alarms < hard.miss_rate_at_1_percent_false_alarms
+        assert "hard" in str(figures_table([hard], "caption").rows)
+
+    def test_the_baseline_hears_nothing_but_the_duration(self, scored):
+        duration = duration_only_scores(scored)
+        # Positives have exactly the usual length; the others have the length of another phrase.
+        assert np.abs(duration[scored.labels == 1]).max() < 1e-6
+        assert (duration[scored.labels == 0] < -1e-3).mean() > 0.8
+        scored.seconds[:] = 1.0
+        assert np.ptp(duration_only_scores(scored)) < 1e-6
+
+
+class TestPictures:
+    def test_plain_arrays_are_drawn(self, scored, tmp_path):
+        pytest.importorskip("matplotlib")
+        draw_from = np.random.default_rng(0)
+        blocks = [
+            det_curve(scored, ["random", "hard"]),
+            score_histograms(scored),
+            spectrogram("clip", draw_from.normal(size=(98, 40)), 1.0),
+            gate_activity("gates", draw_from.integers(0, 2, (50, 6)), 2.0),
+            alignment(
+                "path", draw_from.normal(size=(20, 3)), np.repeat([0, 1, 2], [5, 5, 10]), ["K", "AE1", "T"], 1.0
+            ),
+        ]
+        section = Section("s", "S", blocks, [])
+        draw(section, tmp_path / "all.png")
+        assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+        page = render_page("T", [section], {})
+        assert page.count("data:image/png;base64,") == 3 and "url(" not in page
+        assert 'aria-label="path: K 0.25 s, AE1 0.25 s, T 0.50 s"' in page
+
+    def test_the_trade_off_falls_and_stays_on_its_scale(self, scored):
+        curve = det_curve(scored, ["random", "hard"])
+        for _, points in curve.series:
+            x, y, _ = zip(*points, strict=True)
+            assert list(x) == sorted(x) and list(y) == sorted(y, reverse=True)
+            assert curve.x_ticks[0] <= x[0] and x[-1] <= curve.x_ticks[-1]
+
+    def test_histograms_are_shares(self, scored):
+        assert [name for name, _ in score_histograms(scored).series] == ["positive", "random", "hard"]
+        for _, points in score_histograms(scored).series:
+            assert sum(y for _, y, _ in points) == pytest.approx(1)
+
+    def test_a_line_runs_through_the_middle_of_its_rows(self):
+        image = Raster("t", "x", "y", np.zeros((2, 4)), (0.0, 4.0), ["a", "b"], [(0.0, 0), (4.0, 1)])
+        (left, top), (right, bottom) = (map(float, point.split(",")) for point in image.path.split())
+        assert (left, right) == (image.left, image.width - image.right)
+        assert top - image.top == pytest.approx(image.height - image.bottom - bottom)
+        with pytest.raises(ValueError, match="1 names for 2 rows"):
+            Raster("t", "x", "y", np.zeros((2, 4)), (0.0, 1.0), ["a"])
+
+
+class TestDemo:
+    @pytest.fixture
+    def small(self, base_folder, adapter_folder, tmp_path):
+        pytest.importorskip("matplotlib")
+        return (
+            *("demo", "--model", base_folder, "--adapter", adapter_folder, "--device", "cpu", "--num-prompts", 1),
+            *("--max-new-tokens", 4, "--repeats", 1, "--training-steps", 0, "--output-dir", tmp_path / "demo"),
+        )
+
+    def test_phrases_are_looked_for_in_the_clips_of_the_package(self, small, spotter_folder, tmp_path, monkeypatch):
+        # No synthesiser is found.
+        monkeypatch.setenv("PATH", "")
+        outcome = invoke(*small, "--kws-model", spotter_folder, "--phrase", "{HH EY1} <computer>")
+        assert outcome.exit_code == 0, outcome.output
+        assert "typed phrases in 8 clips" in outcome.output
+        assert (tmp_path / "demo" / "kws.png").read_bytes().startswith(b"\x89PNG")
+        page = (tmp_path / "demo" / "index.html").read_text()
+        assert "{HH EY1} &lt;computer&gt;" in page and str(spotter_folder.parent) not in page
+        figures = json.loads((tmp_path / "demo" / "results.json").read_text())["kws"]
+        assert [clip["said"] for clip in figures["clips"]][:2] == ["computer", "alexa"]
+        assert all(set(clip["scores"]) == set(figures["phrases"]) for clip in figures["clips"])
+
+    def test_without_a_model_it_is_left_out_with_a_note(self, small, tmp_path, monkeypatch):
+        (tmp_path / "assets").mkdir()
+        monkeypatch.setattr(assets, "_folder", lambda: tmp_path / "assets")
+        outcome = invoke(*small)
+        assert outcome.exit_code == 0, outcome.output
+        assert "Keyword spotting is left out: no model 'slick-small'" in outcome.output
+        assert not (tmp_path / "demo" / "kws.png").exists()
+
+    def test_every_clip_of_the_package_has_its_licence(self):
+        rows = demo_kws.load_utterances(demo_kws._CLIPS)
+        assert {row["licence"] for row in rows} == {"Apache-2.0", "CC-BY-4.0"}
+        said = (demo_kws._CLIPS / "README.md").read_text()
+        assert all(row["licence"] in said for row in rows)
+        assert {path.name for path in demo_kws._CLIPS.glob("*.ogg")} == {
+            row["audio"].rsplit("/", 1)[1] for row in rows
+        }
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_help_shows_an_example(command):
+    outcome = invoke("kws", command, "--help")
+    assert outcome.exit_code == 0 and f"Example: hf-ext kws {command}" in outcome.output
