@@ -240,8 +240,9 @@ class CedForKeywordSpotting(CedPreTrainedModel):
                     f"There are {len(keyword_ids)} phrases in `keyword_ids` for {len(input_features)} clips. To match each "
                     "clip with each phrase, use `score`."
                 )
-            phonemes, mask = self.get_text_features(keyword_ids, keyword_attention_mask)
-            logits, possible = (pair[:, 0] for pair in self._verify(audio, phonemes[:, None], mask[:, None]))
+            text = self.get_text_features(keyword_ids, keyword_attention_mask)
+            pairs = self._verify(audio, text.last_hidden_state[:, None], text.attention_mask[:, None])
+            logits, possible = (part[:, 0] for part in pairs)
             if labels is not None:
                 each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
                 losses["utterance_loss"] = each.where(possible, 0.0).mean()
@@ -261,7 +262,7 @@ class CedForKeywordSpotting(CedPreTrainedModel):
         self, audio: KwsAudioFeatures, phonemes: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log odds of phrases, one row of them for each clip or for all, and whether they are short enough for the clips."""
-        frames, frame_mask = audio
+        frames, frame_mask = audio.last_hidden_state, audio.attention_mask
         directions = F.normalize(frames, dim=-1)[:, None]
         similarity = directions @ F.normalize(phonemes, dim=-1).transpose(-1, -2).to(directions.dtype)
         # The best partition is taken for granted: gradients go through the cosines and states along it.
@@ -335,9 +336,9 @@ class CedForKeywordSpotting(CedPreTrainedModel):
         for batch in batches:
             if only_exact and batch.get("phoneme_labels") is None:
                 raise ValueError("`batches` have no `phoneme_labels`: `only_exact` compares with them.")
-            states, mask = self.get_audio_features(
-                batch["input_features"].to(self.device, self.dtype), batch["attention_mask"].to(self.device)
-            )
+            features, mask = batch["input_features"].to(self.device, self.dtype), batch["attention_mask"]
+            audio = self.get_audio_features(features, mask.to(self.device))
+            states, mask = audio.last_hidden_state, audio.attention_mask
             labels = self.ctc_head(states).argmax(-1).masked_fill(~mask, 0)
             used = torch.ones_like(mask[:, 0])
             if only_exact:
