@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from hf_ext.dynamoe.trainer_config import DynaMoeTrainingConfig
     from hf_ext.kws.configuration_ced import CedConfig
     from hf_ext.kws.configuration_dsp_kws import DspKwsConfig
+    from hf_ext.kws.configuration_gated_conformer import GatedConformerConfig
     from hf_ext.kws.configuration_kws_conformer import KwsConformerConfig
     from hf_ext.kws.configuration_slick import SlickConfig
     from hf_ext.kws.feature_extraction_kws import KwsFeatureExtractor, KwsStreamState
     from hf_ext.kws.modeling_auto import AutoModelForKeywordSpotting
     from hf_ext.kws.modeling_ced import CedForKeywordSpotting
     from hf_ext.kws.modeling_dsp_kws import DspForKeywordSpotting
+    from hf_ext.kws.modeling_gated_conformer import GatedConformerForKeywordDetection
+    from hf_ext.kws.modeling_gated_conformer_outputs import GatedConformerStreamState
     from hf_ext.kws.modeling_kws_conformer_ctc import KwsConformerForCTC
     from hf_ext.kws.modeling_slick import SlickForKeywordSpotting
     from hf_ext.kws.processing_kws import KwsProcessor
@@ -66,6 +69,9 @@ __all__ = [
     "DynaMoeForCausalLM",
     "DynaMoeTrainer",
     "DynaMoeTrainingConfig",
+    "GatedConformerConfig",
+    "GatedConformerForKeywordDetection",
+    "GatedConformerStreamState",
     "GatedLoraConfig",
     "GatedLoraModel",
     "KeywordSpottingPipeline",
@@ -115,6 +121,9 @@ _MODULE_OF_NAME = {
     "DynaMoeForCausalLM": "hf_ext.dynamoe.modeling_dynamoe",
     "DynaMoeTrainer": "hf_ext.dynamoe.trainer",
     "DynaMoeTrainingConfig": "hf_ext.dynamoe.trainer_config",
+    "GatedConformerConfig": "hf_ext.kws.configuration_gated_conformer",
+    "GatedConformerForKeywordDetection": "hf_ext.kws.modeling_gated_conformer",
+    "GatedConformerStreamState": "hf_ext.kws.modeling_gated_conformer_outputs",
     "GatedLoraConfig": "hf_ext.mtp.configuration",
     "GatedLoraModel": "hf_ext.mtp.gated_lora",
     "KeywordSpottingPipeline": "hf_ext.kws.spotting.pipeline",

@@ -41,6 +41,11 @@ _AUTO_CLASSES = {
         "AutoProcessor": "hf_ext.kws.processing_kws:KwsProcessor",
         "AutoTokenizer": "hf_ext.kws.tokenization_phoneme:PhonemeTokenizer",
     },
+    "hf_ext.kws.configuration_gated_conformer:GatedConformerConfig": {
+        "AutoFeatureExtractor": "hf_ext.kws.feature_extraction_kws:KwsFeatureExtractor",
+        "AutoModel": "hf_ext.kws.modeling_gated_conformer:GatedConformerForKeywordDetection",
+        "AutoModelForAudioClassification": "hf_ext.kws.modeling_gated_conformer:GatedConformerForKeywordDetection",
+    },
     "hf_ext.kws.configuration_kws_conformer:KwsConformerConfig": {
         "AutoFeatureExtractor": "hf_ext.kws.feature_extraction_kws:KwsFeatureExtractor",
         "AutoModel": "hf_ext.kws.modeling_kws_conformer_ctc:KwsConformerForCTC",
@@ -68,6 +73,7 @@ _AUTO_CLASSES = {
 # module of ours that several families are made of: none can be imported from within its import.
 _NEEDED_WHOLE = {
     "hf_ext.kws.modeling_kws_conformer": "phoneme_ctc_loss",
+    "transformers.modeling_layers": "GradientCheckpointingLayer",
     "transformers.modeling_utils": "PreTrainedModel",
     "transformers.generation.utils": "GenerationMixin",
     "transformers.processing_utils": "ProcessorMixin",

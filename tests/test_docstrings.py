@@ -10,6 +10,7 @@ MODULES = ["hub.model_card", "mtp.configuration", "mtp.gated_lora", "mtp.generat
 MODULES += ["mtp.on_policy", "mtp.trainer"]
 MODULES += ["dynamoe.configuration_dynamoe", "dynamoe.conversion", "dynamoe.modeling_dynamoe", "dynamoe.shards"]
 MODULES += ["kws.feature_extraction_kws", "kws.g2p", "kws.processing_kws", "kws.spelling"]
+MODULES += ["kws.configuration_gated_conformer", "kws.modeling_gated_conformer"]
 MODULES += ["kws.configuration_kws_conformer", "kws.modeling_kws_conformer_ctc"]
 MODULES += ["kws.configuration_slick", "kws.modeling_auto", "kws.modeling_slick", "kws.tokenization_phoneme"]
 MODULES += ["kws.spotting.pipeline"]

@@ -1,0 +1,138 @@
+"""The blocks of the gated conformer: each of their modules runs where its gate is open."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_gated_conformer import GatedConformerConfig
+from .modeling_kws_conformer import KwsConformerAttention, KwsConformerConvolution, KwsConformerFeedForward
+
+
+MODULES_PER_LAYER = 4
+
+
+class GatedConformerSubsampling(nn.Module):
+    """
+    Three convolutions that leave a quarter of the frames.
+
+    The usual ones in two dimensions would cost as much as all blocks, and can't be left out. They have no padding: a step
+    depends on its own seven frames alone, so that windows and streams share steps.
+    """
+
+    def __init__(self, config: GatedConformerConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.conv_in = nn.Conv1d(config.num_mel_bins, size, kernel_size=3, stride=2)
+        self.conv_out = nn.Conv1d(size, size, kernel_size=3, stride=2, groups=size)
+        self.proj = nn.Linear(size, size)
+
+    def forward(self, input_features: torch.Tensor) -> torch.Tensor:
+        hidden = F.relu(self.conv_in(input_features.transpose(1, 2)))
+        return self.proj(F.relu(self.conv_out(hidden)).transpose(1, 2))
+
+
+class GatedConformerGates(nn.Linear):
+    """Two logits, run and leave out, for each module of a block; the paper's single linear layer for each."""
+
+    def __init__(self, config: GatedConformerConfig) -> None:
+        super().__init__(config.hidden_size, 2 * MODULES_PER_LAYER)
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        kept = mask[..., None].to(hidden.dtype)
+        mean = (hidden * kept).sum(1) / kept.sum(1)
+        return super().forward(mean).float().unflatten(-1, (MODULES_PER_LAYER, 2))
+
+
+class GatedConformerLayer(GradientCheckpointingLayer):
+    """
+    A conformer block, each of whose modules runs for the windows whose gate is open.
+
+    The convolution keeps the BatchNorm that it has in the paper and in the ungated block. At inference it is a fixed scale
+    and shift of each channel: what a window becomes depends neither on the windows run beside it nor on those left out, as
+    streams and batches of rows need it; a LayerNorm would give no more. In training all windows go through every module,
+    open or not, so its statistics are those of all windows and fit whichever are run later.
+    """
+
+    def __init__(self, config: GatedConformerConfig) -> None:
+        super().__init__()
+        self.feed_forward_in = KwsConformerFeedForward(config)
+        self.attention = KwsConformerAttention(config)
+        self.convolution = KwsConformerConvolution(config)
+        self.feed_forward_out = KwsConformerFeedForward(config)
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.gates = GatedConformerGates(config)
+        self.temperature = config.gate_temperature
+        self.hard = config.gate_relaxation == "straight_through"
+
+    def forward(
+        self, hidden: torch.Tensor, mask: torch.Tensor, gated: bool, threshold: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden (`torch.Tensor` of shape `(num_windows, num_steps, hidden_size)`):
+                States.
+            mask (`torch.Tensor` of shape `(num_windows, num_steps)`):
+                True for steps that are no padding.
+            gated (`bool`):
+                Whether the gates are asked; otherwise every module runs.
+            threshold (`float`):
+                Probability above which a module runs at inference.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: States, and of shape `(num_windows, 4)` the gates and their
+            probabilities.
+        """
+        if self.training:
+            hidden, gates, probabilities = self._relaxed(hidden, mask, gated)
+        elif gated:
+            hidden, gates, probabilities = self._skipping(hidden, mask, threshold)
+        else:
+            for run in self._modules_in_order():
+                hidden = hidden + run(hidden, mask)
+            gates = hidden.new_ones(len(hidden), MODULES_PER_LAYER)
+            probabilities = gates
+        # This norm runs even if nothing before it did: it costs little, and training has it so.
+        return self.norm(hidden), gates, probabilities
+
+    def _modules_in_order(self) -> tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...]:
+        return (
+            lambda hidden, mask: 0.5 * self.feed_forward_in(hidden),
+            self.attention,
+            self.convolution,
+            lambda hidden, mask: 0.5 * self.feed_forward_out(hidden),
+        )
+
+    def _relaxed(self, hidden: torch.Tensor, mask: torch.Tensor, gated: bool) -> tuple[torch.Tensor, ...]:
+        """Every module runs, and is multiplied by a gate that gradients go through."""
+        gates, probabilities = [], []
+        for index, run in enumerate(self._modules_in_order()):
+            logits = self.gates(hidden, mask)[:, index]
+            sample = F.gumbel_softmax(logits, self.temperature, hard=self.hard)[:, 0]
+            gate = sample if gated else torch.ones_like(sample)
+            hidden = hidden + gate[:, None, None].to(hidden.dtype) * run(hidden, mask)
+            gates.append(gate)
+            probabilities.append(logits.softmax(-1)[:, 0])
+        return hidden, torch.stack(gates, -1), torch.stack(probabilities, -1)
+
+    def _skipping(self, hidden: torch.Tensor, mask: torch.Tensor, threshold: float) -> tuple[torch.Tensor, ...]:
+        """A module runs for the windows whose gate is open, and for no other."""
+        gates, probabilities = [], []
+        current = None
+        for index, run in enumerate(self._modules_in_order()):
+            # What no module has changed since need not be looked at again.
+            if current is None:
+                current = self.gates(hidden, mask).softmax(-1)[..., 0]
+                is_open = current > threshold
+                num_open = is_open.sum(0).tolist()
+            gates.append(is_open[:, index])
+            probabilities.append(current[:, index])
+            if num_open[index] == len(hidden):
+                hidden, current = hidden + run(hidden, mask), None
+            elif num_open[index]:
+                windows = is_open[:, index].nonzero()[:, 0]
+                added = run(hidden[windows], mask[windows]).to(hidden.dtype)
+                hidden, current = hidden.index_add(0, windows, added), None
+        return hidden, torch.stack(gates, -1).to(hidden.dtype), torch.stack(probabilities, -1)

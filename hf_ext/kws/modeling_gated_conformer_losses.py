@@ -1,0 +1,71 @@
+"""What the gated conformer's heads learn: whether, which and where."""
+
+import torch
+from torch.nn import functional as F
+
+from .modeling_gated_conformer_outputs import GatedConformerOutput
+
+
+def keyword_losses(
+    output: GatedConformerOutput,
+    labels: torch.Tensor,
+    detection_targets: torch.Tensor | None = None,
+    location_targets: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    The losses of detection (binary cross-entropy), classification (cross-entropy) and localisation (L1).
+
+    Args:
+        output ([`GatedConformerOutput`]):
+            The scores and places of each window.
+        labels (`torch.Tensor` of shape `(batch_size, num_windows)`), detection_targets (`torch.Tensor` of the same shape,
+        *optional*), location_targets (`torch.Tensor` of shape `(batch_size, num_windows, 2)`, *optional*):
+            As [`GatedConformerForKeywordDetection`] takes them.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `detection_loss`, a mean over windows, and `classification_loss` and `localization_loss`,
+        means over those that hold a keyword. What has no windows is 0, with a gradient, as training in several processes needs
+        one of every weight.
+
+    Raises:
+        ValueError: if targets have another shape or a label is none of the model's.
+    """
+    mask = output.window_mask
+    labels = _of_windows("labels", labels, mask)
+    num_labels = output.class_logits.shape[-1]
+    if labels.numel() and int(labels.max()) >= num_labels:
+        raise ValueError(
+            f"`labels` has the keyword {int(labels.max())} and the model has {num_labels} (`num_labels`)."
+        )
+    has_keyword = labels >= 0
+    targets = has_keyword.float()
+    if detection_targets is not None:
+        targets = _of_windows("detection_targets", detection_targets, mask).float()
+    counts = targets >= 0
+    detected = output.detection_logits[mask].float()[counts]
+    classes = output.class_logits[mask].float()[has_keyword]
+    places = output.locations[mask].float()[has_keyword]
+    distances = 0.0 * places
+    if location_targets is not None:
+        distances = (places - _of_windows("location_targets", location_targets, mask, 2).float()[has_keyword]).abs()
+    return {
+        "detection_loss": _mean(F.binary_cross_entropy_with_logits(detected, targets[counts], reduction="none")),
+        "classification_loss": _mean(F.cross_entropy(classes, labels[has_keyword], reduction="none")),
+        "localization_loss": _mean(distances.sum(-1)),
+    }
+
+
+def _of_windows(name: str, values: torch.Tensor, mask: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """Targets of the windows that are no padding; clips of one window each may leave its axis out."""
+    if mask.shape[1] == 1 and values.shape == (len(mask), *sizes):
+        values = values[:, None]
+    if values.shape != (*mask.shape, *sizes):
+        raise ValueError(
+            f"`{name}` has the shape {tuple(values.shape)} and must have {(*mask.shape, *sizes)}, the clips by their windows. "
+            "Windows begin every `hop_frames`; clips of at most `window_frames` have one."
+        )
+    return values.to(mask.device)[mask]
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    return values.sum() / max(values.numel(), 1)
