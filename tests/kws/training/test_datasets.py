@@ -49,6 +49,16 @@ def test_every_kind_says_what_it_is():
     assert "volume down" in pairs.hard_negatives("volume up")
 
 
+def test_made_up_confusables_differ_in_what_was_chosen():
+    pairs = KwsPairDataset(utterances(copies=5), shares={"confusable": 1}, confusable_kinds=("insert",))
+    for pair in pairs:
+        made, original = (pairs.tokenizer.tokenize(pair[name]) for name in ("phrase", "text"))
+        assert len(original) < len(made) <= len(original) + 3
+        # What was said is left when the insertions are taken out.
+        rest = iter(made)
+        assert all(phoneme in rest for phoneme in original)
+
+
 def test_no_pronunciation_of_the_text_is_a_made_up_confusable():
     pairs = KwsPairDataset(utterances(["a", "the", "either"]), shares={"confusable": 1}, seed=0)
     right = {text: pairs.tokenizer.pronunciations(text) for text in ("a", "the", "either")}
