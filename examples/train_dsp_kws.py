@@ -144,16 +144,19 @@ def make_model(recipe: RecipeArguments) -> DspForKeywordSpotting:
     return model
 
 
+def load_clips(folders: list[str], units: str) -> list[dict]:
+    rows = [row for folder in folders for row in load_utterances(folder)]
+    # Pseudo-words, written in phonemes between braces, are no words.
+    return [row for row in rows if units == "phonemes" or "{" not in row["text"]]
+
+
 def main(recipe: RecipeArguments, args: DspTrainingArguments):
-    rows = [row for folder in recipe.data for row in load_utterances(folder)]
+    rows = load_clips(recipe.data, recipe.units)
     if recipe.eval_data is None:
         rows, eval_rows = split_by_phrase(rows, args.seed)
     else:
-        eval_rows = [row for folder in recipe.eval_data for row in load_utterances(folder)]
+        eval_rows = load_clips(recipe.eval_data, recipe.units)
     eval_rows = Random(args.seed).sample(eval_rows, min(recipe.max_eval_clips, len(eval_rows)))
-    if recipe.units == "words":
-        # Pseudo-words, written in phonemes between braces, are no words.
-        rows, eval_rows = ([row for row in part if "{" not in row["text"]] for part in (rows, eval_rows))
     print(f"{len(rows):,} clips to train on, {len(eval_rows):,} to evaluate on")
 
     tokenizer = AutoTokenizer.from_pretrained(recipe.text_model) if recipe.units == "words" else None
@@ -176,9 +179,12 @@ def main(recipe: RecipeArguments, args: DspTrainingArguments):
     print({name: round(value, 4) for name, value in trainer.evaluate().items() if name.endswith(("auc", "eer"))})
 
 
-if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if "--small" in arguments:
+def read_arguments(words: list[str]) -> tuple[RecipeArguments, DspTrainingArguments]:
+    if "--small" in words:
         # The last of two values counts.
-        arguments = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))] + arguments
-    main(*HfArgumentParser((RecipeArguments, DspTrainingArguments)).parse_args_into_dataclasses(arguments))
+        words = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))] + words
+    return HfArgumentParser((RecipeArguments, DspTrainingArguments)).parse_args_into_dataclasses(words)
+
+
+if __name__ == "__main__":
+    main(*read_arguments(sys.argv[1:]))
