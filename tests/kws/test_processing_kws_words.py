@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoProcessor, BertTokenizer, DistilBertConfig, PreTrainedTokenizer
+from transformers import AutoProcessor, BertTokenizer, DistilBertConfig, PreTrainedTokenizer, pipeline
 
 from hf_ext import (
     DspForKeywordSpotting,
@@ -157,3 +157,15 @@ def test_weights_of_the_trainer_choose_the_losses(processor, chosen, tmp_path):
     )
     run.train()
     assert logged(run, "loss") == pytest.approx(logged(run, f"{chosen}_loss"), rel=1e-3)
+
+
+def test_the_pipeline_takes_words(processor, tmp_path):
+    model = small_model().eval()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    found = pipeline("keyword-spotting", model=str(tmp_path))(
+        {"array": CLIP, "sampling_rate": 16000}, candidate_labels=["play music", "stop"]
+    )
+    inputs = processor([CLIP, CLIP], ["play music", "stop"], sampling_rate=16000, return_tensors="pt")
+    expected = dict(zip(["play music", "stop"], model(**inputs).logits.sigmoid().tolist(), strict=True))
+    assert {answer["label"]: answer["score"] for answer in found} == pytest.approx(expected, rel=1e-4)
