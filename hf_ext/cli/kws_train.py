@@ -12,11 +12,13 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoConfig, AutoProcessor
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoProcessor, TrainerCallback
 
 from hf_ext import (
     AutoModelForKeywordSpotting,
     KwsAugmenter,
+    KwsDataCollator,
     KwsFeatureExtractor,
     KwsPairDataset,
     KwsProcessor,
@@ -31,6 +33,7 @@ from hf_ext.cli.report import Table, rich_table
 
 # So many clips give the mean and the spread of each channel well enough.
 _CLIPS_FOR_STATISTICS = 200
+_CLIPS_FOR_TABLE = 5_000
 # Below so many phrases, none can be spared for evaluation.
 _LEAST_PHRASES = 10
 
@@ -82,7 +85,10 @@ def train(
     ctc_steps: Annotated[
         int | None,
         typer.Option(
-            "--ctc-steps", "--ctc_steps", min=0, help="First steps, for phonemes alone; by default a quarter."
+            "--ctc-steps",
+            "--ctc_steps",
+            min=0,
+            help="First steps, for phonemes alone; by default a quarter, for ced_kws a half.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -124,10 +130,18 @@ def train(
                 held_out, processor.tokenizer, every_kind=True, vocabulary=vocabulary, seed=seed
             )
         on_cpu = chosen_device(device) == "cpu"
+        has_table = hasattr(spotter, "build_phoneme_table")
+        if ctc_steps is None:
+            ctc_steps = steps // (2 if has_table else 4)
+        if has_table and model is None and not 0 < ctc_steps < steps:
+            raise ValueError(
+                f"--ctc-steps {ctc_steps} of --steps {steps}: a {model_type} model first learns phonemes, then makes its table of "
+                "them, and learns phrases in the steps that are left; both need some."
+            )
         args = KwsTrainingConfig(
             output_dir=str(output_dir),
             max_steps=steps,
-            ctc_steps=steps // 4 if ctc_steps is None else ctc_steps,
+            ctc_steps=ctc_steps,
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=batch_size,
             learning_rate=learning_rate,
@@ -142,7 +156,12 @@ def train(
             report_to="none",
         )
         trainer = KwsTrainer(
-            model=spotter, args=args, train_dataset=pairs, eval_dataset=eval_pairs, processing_class=processor
+            model=spotter,
+            args=args,
+            train_dataset=pairs,
+            eval_dataset=eval_pairs,
+            processing_class=processor,
+            callbacks=[_TableOfPhonemes(kept, processor)] if has_table else None,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
@@ -165,6 +184,34 @@ def train(
     )
     if push_to_hub is not None:
         console.print(f"Pushed to {trainer.push_to_hub()}")
+
+
+class _TableOfPhonemes(TrainerCallback):
+    """Makes the table of a model that has one, once phonemes are learned; from then on its encoder stays as it is."""
+
+    def __init__(self, rows: Sequence[Any], processor: KwsProcessor) -> None:
+        self.clips = KwsPairDataset(rows, processor.tokenizer, shares={"positive": 1.0})
+        self.processor = processor
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Resumed behind it.
+        if 0 < args.ctc_steps <= state.global_step:
+            kwargs["model"].freeze_encoder()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != args.ctc_steps:
+            return
+        tokenizer = self.processor.tokenizer
+        symbols = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        batches = DataLoader(
+            self.clips, args.per_device_eval_batch_size, shuffle=True, collate_fn=KwsDataCollator(self.processor)
+        )
+        build = kwargs["model"].build_phoneme_table
+        try:
+            build(batches, symbols, _CLIPS_FOR_TABLE)
+        except ValueError:
+            # None of the clips is recognised without an error yet.
+            build(batches, symbols, _CLIPS_FOR_TABLE, only_exact=False)
 
 
 def _utterances(

@@ -78,6 +78,7 @@ class TestTrain:
         assert model.config.model_type == model_type and model.config.hidden_size == 16
         # Features have the mean and the spread of the training clips.
         assert len(KwsProcessor.from_pretrained(folder).feature_extractor.mean) == model.config.num_mel_bins
+        assert getattr(model.config, "freeze_encoder", None) in (None, True)
         card = (folder / "README.md").read_text()
         assert f"`{model_type}`" in card and "| hard |" in card
 
@@ -111,6 +112,9 @@ class TestTrain:
         says(invoke(*data, "--set", "hidden_size"), "must name a field and its value")
         says(invoke(*data, "--set", "hidden_size=6"), "`num_attention_heads` (4) does not divide")
         says(invoke(*data, "--model", spotter_folder, "--set", "hidden_size=8"), "is for a new model")
+        says(
+            invoke(*data, "--model-type", "ced_kws", "--ctc-steps", 0), "--ctc-steps 0 of --steps 2000", "first learns"
+        )
         says(invoke(*data, "--noise", spotter_folder), "has no audio files")
         assert not (tmp_path / "x" / "config.json").exists()
 
