@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from hf_ext.kws.training.synthesis import synthesize_phrases
     from hf_ext.kws.training.trainer import KwsTrainer
     from hf_ext.kws.training.trainer_config import KwsTrainingConfig
+    from hf_ext.kws.training.windows import KwsWindowDataCollator, KwsWindowDataset
     from hf_ext.mtp.configuration import GatedLoraConfig
     from hf_ext.mtp.gated_lora import GatedLoraModel
     from hf_ext.mtp.generation import MtpGenerateOutput, MtpGenerationMixin, mtp_generate
@@ -86,6 +87,8 @@ __all__ = [
     "KwsTrainer",
     "KwsTrainingConfig",
     "KwsTrialDataset",
+    "KwsWindowDataCollator",
+    "KwsWindowDataset",
     "MtpConfig",
     "MtpGenerateOutput",
     "MtpGenerationMixin",
@@ -138,6 +141,8 @@ _MODULE_OF_NAME = {
     "KwsTrainer": "hf_ext.kws.training.trainer",
     "KwsTrainingConfig": "hf_ext.kws.training.trainer_config",
     "KwsTrialDataset": "hf_ext.kws.training.datasets",
+    "KwsWindowDataCollator": "hf_ext.kws.training.windows",
+    "KwsWindowDataset": "hf_ext.kws.training.windows",
     "MtpConfig": "hf_ext.mtp.trainer_config",
     "MtpGenerateOutput": "hf_ext.mtp.generation",
     "MtpGenerationMixin": "hf_ext.mtp.generation",

@@ -23,6 +23,7 @@ MODULES += [
     "kws.training.augmentation",
     "kws.training.datasets",
     "kws.training.corpora",
+    "kws.training.windows",
     "kws.training.trainer",
 ]
 MODULES += ["metrics.decoding", "metrics.detection", "metrics.localization"]

@@ -37,6 +37,8 @@ class GatedConformerPreTrainedModel(PreTrainedModel):
     main_input_name = "input_features"
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
+    # The loss is a mean over the batch: the Trainer divides it among the steps that it accumulates.
+    accepts_loss_kwargs = False
     _no_split_modules = ["GatedConformerLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:
