@@ -1,0 +1,164 @@
+"""
+How well typed phrases are told from others, in recordings of words that a model never heard.
+
+Every clip of every folder is scored against what was said and against what was not: the other texts of the folder, frequent
+words and runs of words of a text drawn at random, and dictionary words one and two phonemes away (those that nobody could hear
+apart are left out). All pairs of a kind are pooled under one threshold. Beside the score stand its two parts, the matcher
+alone and the reading of the CTC layer alone, and what the length of a clip tells by itself.
+
+    python -m benchmarks.kws.detection --model slick-small --folders speech/speech_commands speech/wake_words --text_files text/*.txt
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoProcessor, HfArgumentParser
+
+from benchmarks.mtp.reporting import Table, last_part, write
+from hf_ext import AutoModelForKeywordSpotting, PhoneticIndex, load_utterances, shipped_model
+from hf_ext.kws.training.datasets import read_audio
+from hf_ext.metrics import bootstrap_interval, equal_error_rate, roc_auc
+
+
+@dataclass
+class DetectionArguments:
+    model: str = field(default="slick-small", metadata={"help": "A shipped model, a folder or a Hub id."})
+    folders: list[str] = field(default_factory=list, metadata={"help": "Folders of clips with a metadata.csv."})
+    text_files: list[str] = field(default_factory=list, metadata={"help": "Texts whose words are the negatives."})
+    max_clips: int = field(default=500, metadata={"help": "Clips drawn of each folder."})
+    num_negatives: int = field(default=10, metadata={"help": "Phrases of each kind that a clip is scored against."})
+    num_resamples: int = field(default=200, metadata={"help": "Draws for the intervals, of whole clips."})
+    seed: int = field(default=0, metadata={"help": "Seed of what is drawn."})
+    results_dir: str | None = field(default=None, metadata={"help": "Where the results go."})
+    name: str = field(default="detection", metadata={"help": "Name of the results."})
+
+
+def vocabulary_of(files: list[str], tokenizer: Any) -> list[str]:
+    """Words that a text has at least twice and the lexicon knows."""
+    text = " ".join(Path(file).read_text("utf-8") for file in files).lower()
+    counts = Counter(re.findall(r"[a-z]+(?:'[a-z]+)?", text))
+    return [word for word, count in counts.most_common() if count > 1 and len(word) > 1 and tokenizer.in_lexicon(word)]
+
+
+def negatives_of(
+    text: str, others: list[str], words: list[str], near: Any, count: int, draw: Random
+) -> dict[str, Any]:
+    """Phrases that were not said, by kind."""
+    length = len(text.split())
+    random = [" ".join(draw.choices(words, k=max(length, draw.choice([1, 1, 2])))) for _ in range(count)]
+    found = {"other texts": [other for other in others if other != text], "random phrases": random}
+    ring = near.nearest(text, 60, max_distance=2.0)
+    for distance, name in ((1.0, "one phoneme away"), (2.0, "two phonemes away")):
+        at = [neighbour.phrase for neighbour in ring if neighbour.distance == distance]
+        found[name] = draw.sample(at, min(count, len(at)))
+    return found
+
+
+@torch.no_grad()
+def scores_of(model: Any, processor: Any, clips: list[torch.Tensor], phrases: list[list[str]]) -> list[np.ndarray]:
+    """For each clip and each of its phrases the matcher's score, that of the reading, and the model's own."""
+    tokenizer, config = processor.tokenizer, model.config
+    weights = config.matcher_score_weight, config.ctc_score_weight, config.score_bias
+    found = []
+    for clip, asked in zip(tqdm(clips, desc="Scoring"), phrases, strict=True):
+        inputs = processor(audio=clip.numpy(), sampling_rate=16000, return_tensors="pt")
+        audio = model.get_audio_features(inputs["input_features"], inputs["attention_mask"])
+        tokens = tokenizer(asked, padding=True, return_tensors="pt")
+        text = model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
+        columns = []
+        for part in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), weights):
+            config.matcher_score_weight, config.ctc_score_weight, config.score_bias = part
+            columns.append(model.score(audio, text)[0].numpy())
+        found.append(np.stack(columns, axis=-1))
+    return found
+
+
+def of_length(clips: list[torch.Tensor], phrases: list[list[str]], tokenizer: Any) -> list[np.ndarray]:
+    """How near the length of a clip is to what its phrase would take, by a line through the phrases that were said."""
+    seconds = np.array([len(clip) / 16000 for clip in clips])
+    sizes = [np.array([len(tokenizer.tokenize(phrase)) for phrase in asked]) for asked in phrases]
+    line = np.polyfit([size[0] for size in sizes], seconds, 1) if len({size[0] for size in sizes}) > 1 else [0, 1]
+    return [-np.abs(length - np.polyval(line, size)) for length, size in zip(seconds, sizes, strict=True)]
+
+
+def measured(
+    folder: str, model: Any, processor: Any, words: list[str], near: Any, args: DetectionArguments
+) -> list[Any]:
+    draw = Random(args.seed)
+    rows = load_utterances(folder)
+    rows = draw.sample(rows, min(args.max_clips, len(rows)))
+    others = sorted({row["text"] for row in rows})
+    asked, kinds = [], []
+    for row in rows:
+        negatives = negatives_of(row["text"], others, words, near, args.num_negatives, draw)
+        asked.append([row["text"], *(phrase for found in negatives.values() for phrase in found)])
+        kinds.append(["", *(kind for kind, found in negatives.items() for _ in found)])
+    clips = [read_audio(row) for row in rows]
+    scores = scores_of(model, processor, clips, asked)
+    lengths = of_length(clips, asked, processor.tokenizer)
+    flat, length = np.concatenate(scores), np.concatenate(lengths)
+    kind = np.array([name for row in kinds for name in row])
+    clip = np.concatenate([np.full(len(row), i) for i, row in enumerate(kinds)])
+    found = []
+    for name in dict.fromkeys(kind[kind != ""]):
+        chosen = (kind == "") | (kind == name)
+        labels = (kind[chosen] == "").astype(int)
+        own = flat[chosen, 2]
+        low, high = bootstrap_interval(
+            roc_auc, own, labels, groups=clip[chosen].tolist(), num_resamples=args.num_resamples
+        )
+        found.append(
+            {
+                "folder": Path(folder).name,
+                "negatives": name,
+                "clips": len(rows),
+                "pairs": int(chosen.sum()),
+                "auc": 100 * roc_auc(own, labels),
+                "interval": [100 * low, 100 * high],
+                "eer": 100 * equal_error_rate(own, labels),
+                "matcher_auc": 100 * roc_auc(flat[chosen, 0], labels),
+                "reading_auc": 100 * roc_auc(flat[chosen, 1], labels),
+                "length_auc": 100 * roc_auc(length[chosen], labels),
+            }
+        )
+    return found
+
+
+def main(args: DetectionArguments) -> None:
+    place = args.model if Path(args.model).exists() or "/" in args.model else shipped_model(args.model)
+    model = AutoModelForKeywordSpotting.from_pretrained(place).eval()
+    processor = AutoProcessor.from_pretrained(place)
+    torch.set_num_threads(1)
+    words = vocabulary_of(args.text_files, processor.tokenizer)
+    near = PhoneticIndex(words, processor.tokenizer, weighted=False)
+    found = [row for folder in args.folders for row in measured(folder, model, processor, words, near, args)]
+    columns = ["folder", "negatives", "clips", "pairs", "AUC %", "95 %", "EER %", "matcher", "reading", "length"]
+    cells = [
+        [
+            row["folder"],
+            row["negatives"],
+            f"{row['clips']:,}",
+            f"{row['pairs']:,}",
+            row["auc"],
+            f"{row['interval'][0]:.1f} to {row['interval'][1]:.1f}",
+            *(row[name] for name in ("eer", "matcher_auc", "reading_auc", "length_auc")),
+        ]
+        for row in found
+    ]
+    note = "The last three columns are the AUC of the matcher alone, of the CTC layer's reading alone, and of the clip's length."
+    table = Table(f"Clips of words never trained on, {last_part(str(place))}", columns, cells, note)
+    data = {"model": last_part(str(place)), "parameters": model.num_parameters(), "rows": found}
+    write(args.name, "Typed phrases in recordings", [table], data, model, args.results_dir)
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(DetectionArguments).parse_args_into_dataclasses())
