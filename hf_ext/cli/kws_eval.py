@@ -7,17 +7,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
 
 from hf_ext.cli.compare import describe_machine
+from hf_ext.cli.kws_gates import gates_section, load_detector, score_keywords
 from hf_ext.cli.kws_scores import NEGATIVES, Figures, Scored, figures_of, load_trials, score_trials
 from hf_ext.cli.kws_views import (
     alignment,
     det_curve,
     figures_table,
-    gate_activity,
     mistakes_table,
     score_histograms,
     spectrogram,
@@ -78,22 +79,31 @@ def evaluate(
 
     console = Console()
     with console.status("Loading the model"):
-        spotter = load_spotter(model, device)
+        detector = load_detector(model, device)
+        spotter: Any = None if detector else load_spotter(model, device)
+    measured = detector[0] if detector else spotter.model
     kinds = [str(kind) for kind in negative or (Negative.random, Negative.hard)]
-    trials = load_trials(data, spotter.tokenizer, kinds, max_clips, seed)
-    with suitable_threads(spotter.model, threads):
-        scored = score_trials(spotter, trials, chunk_length, max_pronunciations, console)
-        machine = describe_machine(spotter.model)
+    with suitable_threads(measured, threads):
+        if detector:
+            scored, clips = score_keywords(*detector, data, max_clips, seed, console)
+            inside = [gates_section(*detector, clips)]
+        else:
+            trials = load_trials(data, spotter.tokenizer, kinds, max_clips, seed)
+            scored = score_trials(spotter, trials, chunk_length, max_pronunciations, console)
+            surest = int(np.where(scored.labels == 1, scored.scores, -np.inf).argmax())
+            inside = [Section("inside", "What happens inside", [_LEGEND, *shown_inside(spotter, trials[surest])], [])]
+        machine = describe_machine(measured)
     with console.status("Drawing intervals"):
         figures = figures_of(scored, resamples, seed)
     name = short_name(model) if model is not None else "slick-small (shipped)"
     caption = (
         f"{name} on {short_name(str(data))}: {len(scored.scores):,} trials of {len(set(scored.phrases)):,} phrases"
     )
-    sections = _sections(spotter, trials, scored, figures, caption)
+    sections = [_detection(scored, figures, caption), *inside]
     output_dir.mkdir(parents=True, exist_ok=True)
-    print_section(sections[0], console)
     for section in sections:
+        if section.terminal:
+            print_section(section, console)
         draw(section, output_dir / f"{section.name}.png")
     page = output_dir / "index.html"
     page.write_text(render_page(f"{name}: typed phrases in speech", sections, machine, "hf-ext kws eval"), "utf-8")
@@ -116,32 +126,24 @@ def evaluate(
     console.print("Written: " + ", ".join(map(str, written)), markup=False, highlight=False)
 
 
-def _sections(spotter: Any, trials: Any, scored: Scored, figures: Sequence[Figures], caption: str) -> list[Section]:
+def _detection(scored: Scored, figures: Sequence[Figures], caption: str) -> Section:
     kinds = [kind for kind in NEGATIVES if kind in {own.negatives for own in figures}]
-    groups = "clips" if len(set(scored.groups)) > 0.5 * len(scored.groups) / len(kinds) else "speakers"
-    table, said = figures_table(figures, caption), Prose(" ".join(verdict(figures, groups)))
+    table, said = figures_table(figures, caption), Prose(" ".join(verdict(figures, scored.unit)))
     mistakes = mistakes_table(scored)
     charts: list[Block] = [det_curve(scored, kinds), score_histograms(scored)]
-    sections = [
-        Section("detection", "Which typed phrases it finds", [said, table, *charts, mistakes], [table, mistakes, said])
-    ]
-    place = int((scored.scores - 1e9 * (scored.labels == 0)).argmax())
-    shown = shown_inside(spotter, trials[place])
-    if shown:
-        sections.append(Section("inside", "What happens inside", [_LEGEND, *shown], []))
-    return sections
+    return Section("detection", "Which phrases it finds", [said, table, *charts, mistakes], [table, mistakes, said])
 
 
 _LEGEND = Prose(
     "A clip in which the model is sure of its phrase: what it hears, and, where the model offers it, which frames it gives to "
-    "which part of the phrase and which of its modules run."
+    "which part of the phrase."
 )
 
 
 @torch.no_grad()
 def shown_inside(spotter: Any, trial: Any) -> list[Block]:
     """
-    The clip of a trial as the model hears it, with its alignment or the activity of its gates where it has any.
+    The clip of a trial as the model hears it, with its alignment where it has one.
 
     Args:
         spotter ([`KeywordSpottingPipeline`]):
@@ -166,9 +168,6 @@ def shown_inside(spotter: Any, trial: Any) -> list[Block]:
             shown.append(
                 alignment(f"Frames of “{trial['phrase']}”", similarity[:, : len(units)], path, units, seconds)
             )
-    gates = getattr(audio, "gates", None)
-    if gates is not None:
-        shown.append(gate_activity("Modules that ran", gates[0].float().cpu(), seconds))
     return shown
 
 

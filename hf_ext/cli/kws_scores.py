@@ -39,6 +39,8 @@ class Scored:
             What is drawn together for intervals: the speaker, or else the clip.
         texts (`list[str]`), phrases (`list[str]`):
             What was said, as far as it is known, and what was asked for.
+        unit (`str`, *optional*, defaults to `"clips"`):
+            What the groups are: speakers or clips.
     """
 
     scores: np.ndarray
@@ -49,6 +51,7 @@ class Scored:
     groups: list[str]
     texts: list[str]
     phrases: list[str]
+    unit: str = "clips"
 
     def against(self, kind: str) -> np.ndarray:
         """Which trials tell positives from one kind of negative, or from `"all"`."""
@@ -161,7 +164,7 @@ def score_trials(
     Raises:
         typer.BadParameter: if a clip can't be read or the model doesn't take a phrase.
     """
-    scored: dict[str, list[Any]] = {name: [] for name in Scored.__dataclass_fields__}
+    scored: dict[str, list[Any]] = {name: [] for name in Scored.__dataclass_fields__ if name != "unit"}
     clips = _by_clip(trials)
     with progress_bar(console) as progress:
         for source, places in progress.track(clips, description="scoring clips"):
@@ -191,10 +194,15 @@ def score_trials(
         name: np.array(values) if name not in ("groups", "texts", "phrases") else values
         for name, values in scored.items()
     }
-    result = Scored(**arrays)
+    result = Scored(**arrays, unit=unit_of([row for row, _ in clips]))
     if not 0 < result.labels.sum() < len(result.labels):
         raise typer.BadParameter("the trials have one class only: both matches (1) and mismatches (0) are needed.")
     return result
+
+
+def unit_of(rows: Sequence[Any]) -> str:
+    """What intervals are drawn over: speakers where they are known."""
+    return "speakers" if any(row.get("speaker") for row in rows) else "clips"
 
 
 def _by_clip(trials: KwsTrialDataset) -> list[tuple[Any, list[int]]]:

@@ -55,7 +55,7 @@ def mistakes_table(scored: Scored, count: int = 4) -> Table:
             scored.texts[place] or "-",
             scored.phrases[place],
             str(scored.kinds[place]),
-            f"{1 / (1 + np.exp(-float(scored.scores[place]))):.1%}",
+            f"{np.exp(-np.logaddexp(0, -scored.scores[place])):.1%}",
         ]
         for place in [*alarms, *misses]
     ]
@@ -116,8 +116,8 @@ def score_histograms(scored: Scored) -> Curve:
     """How often which log odds are given, for positives and for each kind of negative."""
     groups = {"positive": scored.labels == 1}
     groups |= {kind: (scored.labels == 0) & (scored.kinds == kind) for kind in NEGATIVES}
-    # A few scores far out would leave no room for the others.
-    low, high = np.quantile(scored.scores, [0.005, 0.995])
+    # A few scores far out, or minus infinity for what can't be in so short a clip, would leave no room for the others.
+    low, high = np.quantile(scored.scores[np.isfinite(scored.scores)], [0.005, 0.995])
     edges = np.linspace(low, high if high > low else low + 1, _NUM_BINS + 1)
     middles = (edges[1:] + edges[:-1]) / 2
     series = []
@@ -148,24 +148,24 @@ def spectrogram(title: str, features: Any, seconds: float) -> Raster:
     return Raster(title, "seconds", "mel channels", values, (0.0, seconds), bounds=bounds)
 
 
-def gate_activity(title: str, gates: Any, seconds: float, modules: Sequence[str] | None = None) -> Raster:
+def gate_activity(title: str, gates: Any, extent: tuple[float, float], modules: Sequence[str] | None = None) -> Raster:
     """
-    Which modules ran in which frame.
+    Which modules ran in which frame, or in which window.
 
     Args:
         title (`str`):
             Which recording.
         gates (array of shape `(num_frames, num_modules)`):
             1 where a module ran, 0 where it was skipped, or the chance of it.
-        seconds (`float`):
-            How long the recording is.
+        extent (`tuple[float, float]`):
+            Where the first frame begins and the last one ends, in seconds.
         modules (`Sequence[str]`, *optional*):
             Their names.
     """
     values = np.asarray(gates, dtype=float).T
     rows = list(modules) if modules is not None else [str(number + 1) for number in range(len(values))]
     said = f"{title}: {1 - values.mean():.0%} of the modules' frames are skipped"
-    return Raster(title, "seconds", "modules that ran", values, (0.0, seconds), rows, None, (0.0, 1.0), said)
+    return Raster(title, "seconds", "modules that ran", values, extent, rows, None, (0.0, 1.0), said)
 
 
 def alignment(title: str, similarity: Any, path: Any, units: Sequence[str], seconds: float) -> Raster:

@@ -7,11 +7,28 @@ import soundfile
 import torch
 from typer.testing import CliRunner
 
-from hf_ext import AutoModelForKeywordSpotting, KwsProcessor, SlickConfig, SlickForKeywordSpotting, assets
+from hf_ext import (
+    AutoModelForKeywordSpotting,
+    GatedConformerConfig,
+    GatedConformerForKeywordDetection,
+    KwsFeatureExtractor,
+    KwsProcessor,
+    SlickConfig,
+    SlickForKeywordSpotting,
+    assets,
+)
 from hf_ext.cli import app, demo_kws
 from hf_ext.cli.charts import Raster
 from hf_ext.cli.kws_scores import Scored, duration_only_scores, figures_of
-from hf_ext.cli.kws_views import alignment, det_curve, figures_table, gate_activity, score_histograms, spectrogram
+from hf_ext.cli.kws_views import (
+    alignment,
+    det_curve,
+    figures_table,
+    gate_activity,
+    mistakes_table,
+    score_histograms,
+    spectrogram,
+)
 from hf_ext.cli.picture import draw
 from hf_ext.cli.report import Section, render_page
 from hf_ext.kws.training import synthesis
@@ -184,6 +201,34 @@ class TestEval:
         better = np.mean([(score > other) + 0.5 * (score == other) for score in own for other in others])
         assert figures["auc"] == pytest.approx(better, abs=1e-6)
 
+    def test_a_model_of_a_closed_set_shows_its_gates(self, recordings, tmp_path):
+        pytest.importorskip("matplotlib")
+        torch.manual_seed(0)
+        labels = {0: "stop", 1: "yes", 2: "No"}
+        config = GatedConformerConfig(
+            hidden_size=16, num_hidden_layers=1, intermediate_size=16, id2label=labels, gate_open_probability=0.5
+        )
+        GatedConformerForKeywordDetection(config).save_pretrained(tmp_path / "gated")
+        KwsFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(tmp_path / "gated")
+        evaluation = (
+            "kws",
+            "eval",
+            "--model",
+            tmp_path / "gated",
+            "--output-dir",
+            tmp_path / "out",
+            "--device",
+            "cpu",
+        )
+        outcome = invoke(*evaluation, "--data", recordings, "--resamples", 10)
+        assert outcome.exit_code == 0, outcome.output
+        for word in ("60 trials of 3 phrases", "6 / 54", "of the modules ran", "multiply-accumulates"):
+            assert word in " ".join(outcome.output.split())
+        assert (tmp_path / "out" / "gates.png").read_bytes().startswith(b"\x89PNG")
+        assert "1 convolution" in (tmp_path / "out" / "index.html").read_text()
+        (tmp_path / "metadata.csv").write_text(f"file_name,text\n{recordings}/open-ann.wav,open\n")
+        says(invoke(*evaluation, "--data", tmp_path), "they are stop, yes, no")
+
     def test_errors_say_the_way_out(self, recordings, spotter_folder, base_folder, tmp_path):
         pytest.importorskip("matplotlib")
         model = ("kws", "eval", "--model", spotter_folder, "--output-dir", tmp_path / "x")
@@ -244,7 +289,7 @@ class TestPictures:
             det_curve(scored, ["random", "hard"]),
             score_histograms(scored),
             spectrogram("clip", draw_from.normal(size=(98, 40)), 1.0),
-            gate_activity("gates", draw_from.integers(0, 2, (50, 6)), 2.0),
+            gate_activity("gates", draw_from.integers(0, 2, (50, 6)), (0.0, 2.0)),
             alignment(
                 "path", draw_from.normal(size=(20, 3)), np.repeat([0, 1, 2], [5, 5, 10]), ["K", "AE1", "T"], 1.0
             ),
@@ -256,6 +301,12 @@ class TestPictures:
         assert page.count("data:image/png;base64,") == 3 and "url(" not in page
         assert 'aria-label="path: K 0.25 s, AE1 0.25 s, T 0.50 s"' in page
 
+    def test_a_phrase_that_can_not_be_there_is_no_mistake(self, scored):
+        scored.scores[0], scored.scores[-1] = -np.inf, np.inf
+        with np.errstate(all="raise"):
+            shown = mistakes_table(scored, 1).rows
+        assert [row[-1] for row in shown] == ["100.0%", "0.0%"]
+
     def test_the_trade_off_falls_and_stays_on_its_scale(self, scored):
         curve = det_curve(scored, ["random", "hard"])
         for _, points in curve.series:
@@ -264,6 +315,8 @@ class TestPictures:
             assert curve.x_ticks[0] <= x[0] and x[-1] <= curve.x_ticks[-1]
 
     def test_histograms_are_shares(self, scored):
+        # A phrase that no frames are left for.
+        scored.scores[-1] = -np.inf
         assert [name for name, _ in score_histograms(scored).series] == ["positive", "random", "hard"]
         for _, points in score_histograms(scored).series:
             assert sum(y for _, y, _ in points) == pytest.approx(1)
