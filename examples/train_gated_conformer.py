@@ -161,7 +161,7 @@ def figures(model, windows: list[dict], collator, gated: bool, batch_size: int) 
     kinds = np.array([window["kind"] for window in windows])
     macs, gates, right = model.count_macs(), torch.cat(gates), np.array(right)
     result = {"accuracy": right.mean(), "IoU of words": float(np.mean(ious))}
-    for kind in ("keyword", "noise", "edge"):
+    for kind in sorted(set(kinds)):
         chosen = gates[torch.from_numpy(kinds == kind)]
         result[f"accuracy, {kind}"] = right[kinds == kind].mean()
         result[f"skipped, {kind}"] = share_of_macs_skipped(chosen, macs.modules)

@@ -1,0 +1,109 @@
+"""The recipe of the gated conformer: gates that open late, speakers that are kept apart, going on where it stopped."""
+
+import csv
+import importlib.util
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForAudioClassification
+
+from conftest import REPOSITORY
+
+
+soundfile = pytest.importorskip("soundfile")
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "num_mel_bins": 16}
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    path = REPOSITORY / "examples" / "train_gated_conformer.py"
+    spec = importlib.util.spec_from_file_location("train_gated_conformer", path)
+    module = importlib.util.module_from_spec(spec)
+    # The training arguments are saved by the name of their class.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    clips, noise, random = tmp_path_factory.mktemp("clips"), tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    with (clips / "metadata.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "text", "speaker"])
+        for i in range(12):
+            soundfile.write(clips / f"{i}.wav", random.normal(size=6_000) / 10, 16_000)
+            writer.writerow([f"{i}.wav", "yes" if i % 2 else "no", f"speaker_{i // 2}"])
+    soundfile.write(noise / "kitchen.wav", random.normal(size=40_000) / 30, 16_000)
+    return clips, noise
+
+
+def run(recipe, folders, output_dir, **changes):
+    clips, noise = folders
+    settings = {
+        "data": clips,
+        "noise": noise,
+        "output_dir": output_dir,
+        "max_steps": 4,
+        "ungated_steps": 2,
+        "gate_ramp_steps": 2,
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "num_eval_windows": 24,
+        "num_timed_windows": 12,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **SIZES,
+        **changes,
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    recipe.main(*recipe.read_arguments(words))
+
+
+def test_trains_saves_and_goes_on_where_it_stopped(recipe, folders, tmp_path, capsys):
+    run(recipe, folders, tmp_path / "whole")
+    printed = capsys.readouterr().out
+    for figure in ("accuracy, keyword", "skipped, noise", "IoU of words", "ms, noise, gated", "10 clips to train on"):
+        assert figure in printed
+    model = AutoModelForAudioClassification.from_pretrained(tmp_path / "whole")
+    assert model.config.id2label == {0: "no", 1: "yes"}
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
+    run(recipe, folders, tmp_path / "part", resume_from_checkpoint="true")
+    whole, part = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+def test_gates_are_left_as_they_are_until_they_are_asked(recipe, folders, tmp_path):
+    run(recipe, folders, tmp_path, ungated_steps=4)
+    model = AutoModelForAudioClassification.from_pretrained(tmp_path)
+    assert all((layer.gates.weight == 0).all() for layer in model.layers)
+    run(recipe, folders, tmp_path, ungated_steps=0)
+    model = AutoModelForAudioClassification.from_pretrained(tmp_path)
+    assert all((layer.gates.weight != 0).any() for layer in model.layers)
+
+
+def test_speakers_are_kept_apart(recipe):
+    rows = [{"audio": str(i), "speaker": str(i % 30), "text": "yes"} for i in range(90)]
+    train, held_out = recipe.split_clips(rows, "speaker", seed=0)
+    assert len(held_out) == 9 and not {row["speaker"] for row in train} & {row["speaker"] for row in held_out}
+    assert len(recipe.split_clips(rows, "clip", seed=0)[1]) == 9
+
+
+def test_a_small_setting_gives_way_to_what_is_given(recipe):
+    words = ["--data", "clips", "--noise", "noise", "--small", "--use_cpu", "True"]
+    _, small = recipe.read_arguments(words)
+    _, changed = recipe.read_arguments([*words, "--max_steps", "7"])
+    assert (small.max_steps, changed.max_steps) == (1_500, 7)
+    assert changed.ungated_steps == small.ungated_steps == 700
+
+
+def test_noise_at_another_rate_is_refused_by_name(recipe, tmp_path):
+    soundfile.write(tmp_path / "fan.wav", np.zeros(800), 8_000)
+    with pytest.raises(ValueError, match=r"fan\.wav is at 8000 Hz"):
+        recipe.load_noises(tmp_path)
