@@ -144,57 +144,87 @@ def normalising_extractor(windows: KwsWindowDataset, num_mel_bins: int) -> KwsFe
     )
 
 
+@dataclass
+class Decisions:
+    """What a model made of windows, one after the other."""
+
+    right: np.ndarray
+    iou: np.ndarray
+    gates: np.ndarray
+
+
 @torch.no_grad()
-def figures(model, windows: list[dict], collator, gated: bool, batch_size: int) -> dict[str, float]:
-    """How right the model is, where it places words, and how much of the gated work it skips."""
-    right, ious, gates = [], [], []
+def decide(model, windows: list[dict], collator, batch_size: int, **options) -> Decisions:
+    """Which windows the model is right about, how well it places their words, and which modules ran for them."""
+    decisions = Decisions(*([] for _ in range(3)))
     for start in range(0, len(windows), batch_size):
-        batch = collator(windows[start : start + batch_size]).copy()
-        output = model(**{name: values.to(model.device) for name, values in batch.items()}, gated=gated)
+        batch = collator(windows[start : start + batch_size])
+        output = model(**{name: values.to(model.device) for name, values in batch.items()}, **options)
         found = output.detection_logits[:, 0] > 0
         label = output.logits.argmax(-1).where(found, -100).cpu()
-        right += (label == batch["labels"]).tolist()
-        gates.append(output.gates[:, 0].cpu())
-        for place, target in zip(output.locations[:, 0].tolist(), batch["location_targets"].tolist(), strict=True):
-            if target[1]:
-                ious.append(interval_iou(*((o - max(w, 0.01) / 2, o + max(w, 0.01) / 2) for o, w in (place, target))))
-    kinds = np.array([window["kind"] for window in windows])
-    macs, gates, right = model.count_macs(), torch.cat(gates), np.array(right)
-    result = {"accuracy": right.mean(), "IoU of words": float(np.mean(ious))}
+        decisions.right.append(label == batch["labels"])
+        decisions.iou.append(overlap(output.locations[:, 0].cpu(), batch["location_targets"]))
+        decisions.gates.append(output.gates[:, 0].cpu())
+    return Decisions(*(torch.cat(values).numpy() for values in vars(decisions).values()))
+
+
+def overlap(places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of intervals that are given by centre and length; not a number where there is none."""
+    ious = torch.full((len(places),), torch.nan)
+    for row in targets[:, 1].nonzero()[:, 0].tolist():
+        ends = ((o - max(w, 0.01) / 2, o + max(w, 0.01) / 2) for o, w in (places[row].tolist(), targets[row].tolist()))
+        ious[row] = interval_iou(*ends)
+    return ious
+
+
+def figures(model, decisions: Decisions, windows: list[dict]) -> dict[str, float]:
+    """How often the model is right, and how much of its work it skips, by what a window holds."""
+    kinds, macs = np.array([window["kind"] for window in windows]), model.count_macs()
+    result = {"accuracy": decisions.right.mean()}
     for kind in sorted(set(kinds)):
-        chosen = gates[torch.from_numpy(kinds == kind)]
-        result[f"accuracy, {kind}"] = right[kinds == kind].mean()
-        result[f"skipped, {kind}"] = share_of_macs_skipped(chosen, macs.modules)
-        result[f"skipped of all, {kind}"] = share_of_macs_skipped(chosen, macs.modules, macs.always_on)
+        chosen = kinds == kind
+        result[f"accuracy, {kind}"] = decisions.right[chosen].mean()
+        result[f"skipped, {kind}"] = share_of_macs_skipped(decisions.gates[chosen], macs.modules)
+        result[f"skipped of all, {kind}"] = share_of_macs_skipped(decisions.gates[chosen], *macs)
+    if "keyword" in kinds:
+        result["IoU of words"] = np.nanmean(decisions.iou)
     return {name: round(float(value), 4) for name, value in result.items()}
 
 
 @torch.no_grad()
-def milliseconds(model, windows: list[dict], collator) -> dict[str, float]:
-    """Median time of one window, with and without gates; they take turns."""
-    times: dict[str, list[float]] = {}
-    for window in [windows[0], *windows]:
-        features = collator([window])["input_features"].to(model.device)
-        for gated in (False, True):
+def milliseconds(contenders: dict, windows: list[dict], collator) -> dict[str, dict[str, float]]:
+    """Median time of one window of each kind; contenders, by name a model and what its calls are given, take turns."""
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in contenders}
+    for number, window in enumerate([windows[0], *windows]):
+        features = collator([window])["input_features"]
+        for name, (model, options) in contenders.items():
+            on_device = features.to(model.device)
             start = time.perf_counter()
-            model(features, gated=gated).logits.cpu()
-            name = f"ms, {window['kind']}, {'gated' if gated else 'ungated'}"
-            times.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
-    return {name: round(float(np.median(values)), 3) for name, values in sorted(times.items())}
-
-
-def report(model, eval_windows: KwsWindowDataset, collator, recipe: RecipeArguments, batch_size: int) -> dict:
-    model.eval()
-    windows = list(eval_windows)
-    result = {
-        "parameters": model.num_parameters(),
-        "gated": figures(model, windows, collator, True, batch_size),
-        "ungated": figures(model, windows, collator, False, batch_size),
-        "time": milliseconds(model, windows[: recipe.num_timed_windows], collator),
+            model(on_device, **options).logits.cpu()
+            if number:  # the first warms up
+                times[name].setdefault(window["kind"], []).append(1e3 * (time.perf_counter() - start))
+    return {
+        name: {kind: round(float(np.median(values)), 3) for kind, values in sorted(by_kind.items())}
+        for name, by_kind in times.items()
     }
-    for name, value in result.items():
-        print(f"{name}: {value}")
-    return result
+
+
+def report(model, windows: list[dict], collator, batch_size: int, num_timed: int) -> None:
+    model.eval()
+    contenders = {"ungated": (model, {"gated": False}), "gated": (model, {"gated": True})}
+    print(f"parameters: {model.num_parameters():,}")
+    for name, (_, options) in contenders.items():
+        print(f"{name}: {figures(model, decide(model, windows, collator, batch_size, **options), windows)}")
+    print(f"milliseconds of a window: {milliseconds(contenders, windows[:num_timed], collator)}")
+
+
+def held_out_windows(
+    data: list[str], noise: str, label2id: dict[str, int], held_out_by: str, num_windows: int, seed: int
+) -> KwsWindowDataset:
+    """Windows of clips and of pieces of noise that training never saw."""
+    _, rows = split_clips([row for folder in data for row in load_utterances(folder)], held_out_by, seed)
+    Random(seed).shuffle(rows)
+    return KwsWindowDataset(rows, load_noises(noise)[1], label2id, num_windows=num_windows, seed=seed + 1)
 
 
 def main(recipe: RecipeArguments, args: GatedTrainingArguments):
@@ -202,22 +232,17 @@ def main(recipe: RecipeArguments, args: GatedTrainingArguments):
     words = sorted({row["text"] for row in rows})
     label2id = {word: i for i, word in enumerate(words)}
     train_rows, eval_rows = split_clips(rows, recipe.held_out_by, args.seed)
-    train_noises, eval_noises = load_noises(recipe.noise)
     print(f"{len(words)} words; {len(train_rows):,} clips to train on, {len(eval_rows):,} to evaluate on")
 
     Random(args.seed).shuffle(train_rows)
-    Random(args.seed).shuffle(eval_rows)
     train_windows = KwsWindowDataset(
         train_rows,
-        train_noises,
+        load_noises(recipe.noise)[0],
         label2id,
         # A step never sees a window again.
         num_windows=args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         augmenter=KwsAugmenter(max_margin=0.0, noise_probability=0.0) if recipe.augment else None,
         seed=args.seed,
-    )
-    eval_windows = KwsWindowDataset(
-        eval_rows, eval_noises, label2id, num_windows=recipe.num_eval_windows, seed=args.seed + 1
     )
     extractor = normalising_extractor(train_windows, recipe.num_mel_bins)
     collator = KwsWindowDataCollator(extractor)
@@ -239,7 +264,9 @@ def main(recipe: RecipeArguments, args: GatedTrainingArguments):
     trainer.train(resume_from_checkpoint=True if checkpoint in ("true", "True") else checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        report(model, eval_windows, collator, recipe, args.per_device_eval_batch_size)
+        held_out = (recipe.held_out_by, recipe.num_eval_windows, args.seed)
+        windows = list(held_out_windows(recipe.data, recipe.noise, label2id, *held_out))
+        report(model, windows, collator, args.per_device_eval_batch_size, recipe.num_timed_windows)
 
 
 def read_arguments(words: list[str]) -> tuple[RecipeArguments, GatedTrainingArguments]:

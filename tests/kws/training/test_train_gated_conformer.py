@@ -69,7 +69,13 @@ def run(recipe, folders, output_dir, **changes):
 def test_trains_saves_and_goes_on_where_it_stopped(recipe, folders, tmp_path, capsys):
     run(recipe, folders, tmp_path / "whole")
     printed = capsys.readouterr().out
-    for figure in ("accuracy, keyword", "skipped, noise", "IoU of words", "ms, noise, gated", "10 clips to train on"):
+    for figure in (
+        "accuracy, keyword",
+        "skipped, noise",
+        "IoU of words",
+        "milliseconds of a window",
+        "10 clips to train on",
+    ):
         assert figure in printed
     model = AutoModelForAudioClassification.from_pretrained(tmp_path / "whole")
     assert model.config.id2label == {0: "no", 1: "yes"}

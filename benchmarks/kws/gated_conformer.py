@@ -1,0 +1,110 @@
+"""
+What the gates of the conformer skip, what that costs in accuracy, and whether the clock follows.
+
+Windows of words and of background that training never saw, as `examples/train_gated_conformer.py` holds them out, are put
+to a model trained with gates, at several thresholds, and to one trained alike without (`--ungated_steps` as many as
+`--max_steps`). All contenders take turns within one run, one window at a time on one thread; times are medians.
+
+    python -m benchmarks.kws.gated_conformer --model out/gated --baseline out/ungated --data speech_commands --noise noise
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, HfArgumentParser
+
+from benchmarks.mtp.reporting import Table, last_part, write
+from examples.train_gated_conformer import decide, figures, held_out_windows, milliseconds
+from hf_ext import KwsWindowDataCollator
+from hf_ext.metrics import bootstrap_interval
+
+
+@dataclass
+class Arguments:
+    model: str = field(metadata={"help": "Folder or Hub id of the model with gates."})
+    baseline: str = field(metadata={"help": "The model that was trained without."})
+    data: list[str] = field(metadata={"help": "The folders of clips that they were trained on."})
+    noise: str = field(metadata={"help": "The folder of noise."})
+    held_out_by: str = field(default="speaker", metadata={"help": "As in training: speaker or clip."})
+    thresholds: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7], metadata={"help": "Of the gates."})
+    num_windows: int = field(default=2_000, metadata={"help": "Windows that are evaluated."})
+    num_timed_windows: int = field(default=200, metadata={"help": "Windows whose time is taken."})
+    seed: int = field(default=42, metadata={"help": "The seed of the training."})
+    name: str = field(default="gated_conformer", metadata={"help": "Name of the results."})
+    results_dir: str | None = field(default=None, metadata={"help": "Where the results go."})
+
+
+def main(args: Arguments) -> None:
+    torch.set_num_threads(1)
+    model, baseline = (
+        AutoModelForAudioClassification.from_pretrained(name).eval() for name in (args.model, args.baseline)
+    )
+    collator = KwsWindowDataCollator(AutoFeatureExtractor.from_pretrained(args.model))
+    held_out = held_out_windows(
+        args.data, args.noise, model.config.label2id, args.held_out_by, args.num_windows, args.seed
+    )
+    windows = list(held_out)
+    contenders = {
+        "trained without gates": (baseline, {"gated": False}),
+        "gates not asked": (model, {"gated": False}),
+        **{f"threshold {value}": (model, {"gate_threshold": value}) for value in args.thresholds},
+    }
+    decisions = {name: decide(one, windows, collator, 64, **options) for name, (one, options) in contenders.items()}
+    results = {name: figures(model, decisions[name], windows) for name in contenders}
+    times = milliseconds(contenders, windows[: args.num_timed_windows], collator)
+    reference = decisions["trained without gates"].right.astype(int)
+    # Windows of one clip are no independent evidence.
+    clips = [index % len(held_out.utterances) for index in range(len(windows))]
+    for name, made in decisions.items():
+        low, high = bootstrap_interval(
+            lambda a, b: a.mean() - b.mean(), made.right.astype(int), reference, groups=clips
+        )
+        results[name]["accuracy against baseline"] = [float(low), float(high)]
+
+    def row(name: str) -> list:
+        found, seconds = results[name], times[name]
+        low, high = (100 * value for value in found["accuracy against baseline"])
+        shares = ("accuracy", "accuracy, keyword", "accuracy, noise", "skipped, keyword", "skipped, noise")
+        shares += ("skipped of all, keyword", "skipped of all, noise")
+        return [
+            name,
+            *(100 * found[share] for share in shares),
+            f"{low:+.1f} to {high:+.1f}",
+            found["IoU of words"],
+            seconds["keyword"],
+            seconds["noise"],
+        ]
+
+    columns = ["", "right, %", "of words", "of noise", "gated work skipped on words, %", "on noise"]
+    columns += ["all work skipped on words, %", "on noise", "right, against trained without gates", "IoU of words"]
+    columns += ["ms a window of words", "of noise"]
+    # The thresholds' middle stands for the model: it is what its configuration has.
+    chosen = f"threshold {model.config.gate_threshold}"
+    lead = ""
+    if chosen in results:
+        found, base = results[chosen], results["trained without gates"]
+        lead = (
+            f"**The gates skip {100 * found['skipped, keyword']:.0f} % of the gated work on words and "
+            f"{100 * found['skipped, noise']:.0f} % on noise; {100 * found['accuracy']:.1f} % of the windows are right "
+            f"against {100 * base['accuracy']:.1f} % without gates. A window takes "
+            f"{times[chosen]['keyword'] / times['trained without gates']['keyword']:.2f} of the time on words and "
+            f"{times[chosen]['noise'] / times['trained without gates']['noise']:.2f} on noise.**"
+        )
+    kinds = [window["kind"] for window in windows]
+    note = (
+        f"{model.num_parameters():,} weights, {model.config.num_labels} words; {len(held_out.utterances)} clips of "
+        f"{', '.join(str(last_part(folder)) for folder in args.data)} held out by {args.held_out_by}. "
+        + ", ".join(f"{kinds.count(kind)} windows: {kind}" for kind in sorted(set(kinds)))
+        + ". A window with a word is right if it is found and is the right one, others if nothing is found in them. The "
+        "interval is of the paired difference in points, 95 %, over clips."
+    )
+    tables = [Table("Against no gates", columns, [row(name) for name in contenders], note)]
+    counts = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    data = {"figures": results, "milliseconds": times, "windows": counts}
+    write(args.name, "Gates of the conformer", tables, data, model, args.results_dir, lead)
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
