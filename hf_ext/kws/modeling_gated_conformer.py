@@ -301,7 +301,7 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
         frames = (config.window_frames - 1) // 2
         entrance = frames * 3 * config.num_mel_bins * size + steps * (3 * size + size**2)
         # The gates of a block are computed anew behind each of its modules.
-        gates = config.num_hidden_layers * MODULES_PER_LAYER * self.layers[0].gates.weight.numel()
+        gates = config.num_hidden_layers * MODULES_PER_LAYER * size * 2 * MODULES_PER_LAYER
         heads = size * (3 + config.num_labels)
         return GatedConformerMacs(layer * config.num_hidden_layers, entrance + gates + heads)
 

@@ -40,11 +40,6 @@ class GatedConformerGates(nn.Linear):
     def __init__(self, config: GatedConformerConfig) -> None:
         super().__init__(config.hidden_size, 2 * MODULES_PER_LAYER)
 
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        kept = mask[..., None].to(hidden.dtype)
-        mean = (hidden * kept).sum(1) / kept.sum(1)
-        return super().forward(mean).float().unflatten(-1, (MODULES_PER_LAYER, 2))
-
 
 class GatedConformerLayer(GradientCheckpointingLayer):
     """
@@ -105,11 +100,17 @@ class GatedConformerLayer(GradientCheckpointingLayer):
             lambda hidden, mask: 0.5 * self.feed_forward_out(hidden),
         )
 
+    def _gate_logits(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Of the mean over time, as in the paper: of the states as they are, without a norm."""
+        kept = mask[..., None].to(hidden.dtype)
+        mean = (hidden * kept).sum(1) / kept.sum(1)
+        return self.gates(mean).float().unflatten(-1, (MODULES_PER_LAYER, 2))
+
     def _relaxed(self, hidden: torch.Tensor, mask: torch.Tensor, gated: bool) -> tuple[torch.Tensor, ...]:
         """Every module runs, and is multiplied by a gate that gradients go through."""
         gates, probabilities = [], []
         for index, run in enumerate(self._modules_in_order()):
-            logits = self.gates(hidden, mask)[:, index]
+            logits = self._gate_logits(hidden, mask)[:, index]
             sample = F.gumbel_softmax(logits, self.temperature, hard=self.hard)[:, 0]
             gate = sample if gated else torch.ones_like(sample)
             hidden = hidden + gate[:, None, None].to(hidden.dtype) * run(hidden, mask)
@@ -124,7 +125,7 @@ class GatedConformerLayer(GradientCheckpointingLayer):
         for index, run in enumerate(self._modules_in_order()):
             # What no module has changed since need not be looked at again.
             if current is None:
-                current = self.gates(hidden, mask).softmax(-1)[..., 0]
+                current = self._gate_logits(hidden, mask).softmax(-1)[..., 0]
                 is_open = current > threshold
                 num_open = is_open.sum(0).tolist()
             gates.append(is_open[:, index])

@@ -108,15 +108,16 @@ class GatedConformerOutput(ModelOutput):
             The losses, unweighted.
     """
 
+    # A model output has a default for every field; those that are no `None` are always there.
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    detection_logits: torch.Tensor | None = None
-    class_logits: torch.Tensor | None = None
-    locations: torch.Tensor | None = None
-    gates: torch.Tensor | None = None
-    gate_probabilities: torch.Tensor | None = None
-    window_starts: torch.Tensor | None = None
-    window_mask: torch.Tensor | None = None
+    detection_logits: torch.Tensor = None  # type: ignore[assignment]
+    class_logits: torch.Tensor = None  # type: ignore[assignment]
+    locations: torch.Tensor = None  # type: ignore[assignment]
+    gates: torch.Tensor = None  # type: ignore[assignment]
+    gate_probabilities: torch.Tensor = None  # type: ignore[assignment]
+    window_starts: torch.Tensor = None  # type: ignore[assignment]
+    window_mask: torch.Tensor = None  # type: ignore[assignment]
     detection_loss: torch.Tensor | None = None
     classification_loss: torch.Tensor | None = None
     localization_loss: torch.Tensor | None = None
