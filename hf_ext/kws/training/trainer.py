@@ -249,11 +249,21 @@ class KwsTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "durations"):
-            return super()._get_train_sampler(train_dataset)
-        # The lengths that transformers would look for are those of the features, which the collator makes.
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch_size, lengths=[round(1000 * seconds) for seconds in dataset.durations()])
+        return self._by_duration(dataset, batch_size) or super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # Evaluation must not take draws from the training.
+        own_draws = torch.Generator().manual_seed(self.args.seed)
+        sampler = self._by_duration(eval_dataset, self.args.eval_batch_size, own_draws)
+        return sampler or super()._get_eval_sampler(eval_dataset)
+
+    def _by_duration(self, dataset: Any, batch_size: int, generator: Any = None) -> LengthGroupedSampler | None:
+        """Clips of like length together. Those that transformers looks for are of features, which the collator makes."""
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "durations"):
+            return None
+        milliseconds = [round(1000 * seconds) for seconds in dataset.durations()]
+        return LengthGroupedSampler(batch_size, lengths=milliseconds, generator=generator)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         return self._without_stripes(super().get_eval_dataloader, eval_dataset)

@@ -102,6 +102,27 @@ def test_workers_draw_the_pairs_of_each_epoch(tmp_path):
     assert_same_run(runs[1], runs[0])
 
 
+def test_clips_of_like_length_are_batched_together(tmp_path):
+    pairs = KwsPairDataset(UTTERANCES * 8)
+    durations = pairs.durations()
+    assert durations[:3] == [len(row["audio"]["array"]) / 16000 for row in UTTERANCES[:3]]
+
+    def spread_in_batches(strategy):
+        run = trainer(tmp_path, train_dataset=pairs, train_sampling_strategy=strategy)
+        places = list(run._get_train_sampler())
+        assert sorted(places) == list(range(len(pairs)))
+        batches = [[durations[place] for place in places[start : start + 4]] for start in range(0, len(places), 4)]
+        return sum(max(batch) - min(batch) for batch in batches)
+
+    assert spread_in_batches("group_by_length") < 0.6 * spread_in_batches("random")
+    run = trainer(tmp_path, train_dataset=pairs, train_sampling_strategy="group_by_length")
+    run.train()
+    tested = KwsPairDataset(UTTERANCES, every_kind=True)
+    assert len(tested.durations()) == len(tested)
+    plain = trainer(tmp_path, model=run.model, eval_dataset=tested).evaluate()
+    assert run.evaluate(tested)["eval_auc"] == pytest.approx(plain["eval_auc"])
+
+
 def test_settings_come_from_the_command_line(tmp_path):
     (args,) = HfArgumentParser(KwsTrainingConfig).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--ctc_loss_weight", "3", "--ctc_steps", "7", "--hide_stripes"]
