@@ -66,7 +66,8 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
 
     Clips are cut into windows of 120 frames, and so are streams: [`~GatedConformerForKeywordDetection.stream`] gives the
     windows of the whole, however the frames come in. Each window goes through the blocks by itself, each module with a gate
-    of its own, as in the paper; the encoder's entrance is computed once for all windows.
+    of its own, as in the paper; the encoder's entrance is computed once for all windows. All windows of a clip are a batch: an
+    hour of audio is best streamed, in chunks as large as memory allows.
 
     In training every module runs and is multiplied by its gate. At inference (`model.eval()`) modules whose gate is closed
     are not run, so that the clock follows the gates, in batches too.
@@ -150,12 +151,17 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
 
         Raises:
             ValueError: if features have another number of channels, targets another shape or come without labels, or a label
-                is none of the model's.
+                is none of the model's; if the threshold is out of range or the mask is of other frames.
         """
         self._check_features(input_features)
         frames = input_features.shape[1]
         if attention_mask is None:
             attention_mask = input_features.new_ones(input_features.shape[:2], dtype=torch.long)
+        if attention_mask.shape != input_features.shape[:2]:
+            raise ValueError(
+                f"`attention_mask` has the shape {tuple(attention_mask.shape)} and `input_features` has "
+                f"{tuple(input_features.shape[:2])} frames: one value for each."
+            )
         # What stands in the padding must not reach the first step of a clip of a few frames.
         input_features = input_features * attention_mask[..., None].to(input_features.dtype)
         steps = self.subsampling(F.pad(input_features, (0, 0, 0, max(LEAST_FRAMES - frames, 0))))
@@ -274,7 +280,7 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
         half = (self.config.window_frames * output.locations[..., 1].float()).clamp(min=FRAMES_PER_STEP) / 2
         found = []
         for row in range(len(scores)):
-            windows = (scores[row] >= threshold).nonzero()[:, 0]
+            windows = ((scores[row] >= threshold) & output.window_mask[row]).nonzero()[:, 0]
             columns = (scores[row], labels[row], (centre - half)[row], (centre + half)[row])
             rows = zip(*(column[windows].tolist() for column in columns), strict=True)
             keywords = [DetectedKeyword(self.config.id2label[k], score, a, b) for score, k, a, b in rows]
@@ -321,6 +327,8 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
         mask = (places < num_steps[:, None, None])[window_mask]
         gates, probabilities = [], []
         threshold = config.gate_threshold if threshold is None else threshold
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"`gate_threshold` must be from 0 to 1, got {threshold}: gates have probabilities.")
         for layer in self.layers if num_windows else ():
             hidden, layer_gates, layer_probabilities = layer(hidden, mask, gated, threshold)
             gates.append(layer_gates)

@@ -392,6 +392,11 @@ class TestLocating:
         assert len(model.locate(self.output(model), max_iou=1.0)[0]) == 2
         assert model.locate(self.output(model), threshold=1.0) == [[]]
 
+    def test_nothing_is_found_in_padding(self):
+        model, mask = small_model(), (torch.arange(64) < torch.tensor([64, 40])[:, None]).long()
+        found = model.locate(model(features(2, 64, 16), attention_mask=mask), threshold=0.0, max_iou=1.0)
+        assert [len(keywords) for keywords in found] == [4, 1]
+
 
 class TestSaving:
     @pytest.mark.parametrize("auto", [AutoModel, AutoModelForAudioClassification, GatedConformerForKeywordDetection])
@@ -455,6 +460,8 @@ class TestBadInput:
             ({"input_features": torch.zeros(2, 40)}, "`input_features` must have the shape"),
             ({"labels": torch.tensor([0, 3])}, "the keyword 3 and the model has 3"),
             ({"labels": torch.tensor([0])}, r"`labels` has the shape \(1,\)"),
+            ({"attention_mask": torch.ones(2, 41)}, r"`attention_mask` has the shape \(2, 41\)"),
+            ({"gate_threshold": 1.5}, "`gate_threshold` must be from 0 to 1, got 1.5"),
             ({"detection_targets": torch.ones(2)}, "need `labels`"),
             ({"labels": torch.tensor([0, 1]), "location_targets": torch.ones(2)}, "`location_targets` has the shape"),
             ({"input_features": torch.zeros(2, 90, 16), "labels": torch.tensor([0, 1])}, r"must have \(2, 7\)"),
