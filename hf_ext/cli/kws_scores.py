@@ -103,7 +103,9 @@ def load_trials(
             return KwsTrialDataset(_read_csv(data))
         shares = dict.fromkeys(("positive", *kinds), 1.0)
         utterances = drawn(load_utterances(data), max_clips, seed)
-        return KwsPairDataset(utterances, tokenizer, shares=shares, every_kind=True, seed=seed)
+        # Phrases that sound alike are found by their phonemes, also for a model that takes words.
+        sounds = tokenizer if hasattr(tokenizer, "pronunciations") else None
+        return KwsPairDataset(utterances, sounds, shares=shares, every_kind=True, seed=seed)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"can't make trials from {str(data)!r}: {error}") from error
 

@@ -63,6 +63,14 @@ class TestCurve:
         labels = [a["aria-label"] for t, a in parsed.tags if t == "svg"]
         assert labels == ["Quality, perplexity by active. routers: θ <0.5>, θ 0.7; fixed & all: dense"]
 
+    def test_places_of_its_own_bound_the_plot(self):
+        marks = [(-2.0, "2 %"), (0.0, "50 %"), (1.0, "84 %")]
+        chart = Curve("C", "x", "y", [("one", [(-1.0, 3.0, "a"), (0.5, 4.0, "b")])], x_marks=marks, dots=False)
+        assert (chart.x(-2.0), chart.x(1.0)) == (chart.left, chart.width - chart.right)
+        page = render_page("T", [Section("s", "S", [chart], [])], {})
+        assert all(f">{name}</text>" in page for _, name in marks)
+        assert "<circle" not in page
+
 
 class TestHeatMap:
     def test_the_page_shows_every_share(self, page):
