@@ -171,6 +171,7 @@ def kws_model_card(
     facts: dict[str, Any] | None = None,
     figures: dict[str, float] | None = None,
     tags: list[str] | None = None,
+    license: str | None = None,
 ) -> ModelCard:
     """
     The card of a text-defined keyword spotting model.
@@ -188,6 +189,8 @@ def kws_model_card(
             What [`KwsTrainer`] measured: `auc` and `eer`, and the same with a kind of negative before them.
         tags (`list[str]`, *optional*):
             Tags beside the usual ones.
+        license (`str`, *optional*):
+            Under which the weights may be used, as the Hub calls it: `"apache-2.0"`.
 
     Returns:
         [`~huggingface_hub.ModelCard`]
@@ -209,6 +212,7 @@ def kws_model_card(
     citation += [f"journal = {{arXiv preprint arXiv:{arxiv}}}"]
     data = ModelCardData(
         language="en",
+        license=license,
         library_name="transformers",
         pipeline_tag="audio-classification",
         tags=sorted({*KWS_TAGS, *([f"arxiv:{arxiv}"] if arxiv else []), *(tags or [])}),

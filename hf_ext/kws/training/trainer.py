@@ -242,9 +242,8 @@ class KwsTrainer(Trainer):
                 if name.endswith(("auc", "eer")) and name.startswith("eval_")
             },
             tags=[tags] if isinstance(tags, str) else tags,
+            license=license,
         )
-        if license is not None:
-            card.data.license = license
         card.save(Path(folder) / "README.md")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
