@@ -284,11 +284,15 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
         )
 
     def _log_odds(
-        self, matches: torch.Tensor, audio: KwsAudioFeatures, ids: torch.Tensor, mask: torch.Tensor
+        self, matches: torch.Tensor, audio: KwsAudioFeatures, ids: torch.Tensor | None, mask: torch.Tensor
     ) -> torch.Tensor:
         """The matcher's log odds, of shape `(batch_size, num_phrases)`, and what the CTC layer says beside it."""
         odds = self.config.matcher_score_weight * matches + self.config.score_bias
         if self.config.ctc_score_weight:
+            if ids is None:
+                raise ValueError(
+                    "`text` has no `keyword_ids`, which the CTC layer needs: take what `get_text_features` returned."
+                )
             log_probs = self.ctc_head(audio.last_hidden_state).float().log_softmax(-1)
             odds = odds + self.config.ctc_score_weight * ctc_phrase_scores(log_probs, audio.attention_mask, ids, mask)
         return odds

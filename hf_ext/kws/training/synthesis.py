@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
@@ -243,7 +243,11 @@ def _checked_engines(engines: Sequence[str] | None) -> list[str]:
 def _voices(engine: str) -> list[str]:
     if engine == "espeak-ng":
         return [f"{accent}+{variant}" for accent in _ESPEAK_ACCENTS for variant in _ESPEAK_VARIANTS]
-    voices = {"mbrola": _mbrola_voices, "festival": _festival_voices, "flite": lambda: list(_FLITE_VOICES)}
+    voices: dict[str, Callable[[], list[str]]] = {
+        "mbrola": _mbrola_voices,
+        "festival": _festival_voices,
+        "flite": lambda: list(_FLITE_VOICES),
+    }
     return voices[engine]() if engine in voices else list(_PICO_VOICES)
 
 
