@@ -8,7 +8,7 @@ two cores take a quarter of an hour, text included:
     python examples/train_mtp_on_policy.py --model path/to/stories260k --output_dir out/stories260k-mtp
 
 It is an ordinary training script: `accelerate launch` spreads it over processes, every training argument can be given, and
-called again with `--resume_from_checkpoint` it goes on where it stopped. For a large model give prompts of your own instead
+called again with `--resume_from_checkpoint true` it goes on where it stopped. For a large model give prompts of your own instead
 of openings (`--prompts file.jsonl`, a `prompt` in each line), the paper's learning rate (`--learning_rate 2e-4`) and
 `--bf16 true`.
 """
@@ -115,7 +115,8 @@ def main(recipe: RecipeArguments, args: StoryMtpArguments):
             **({} if recipe.target_modules is None else {"target_modules": recipe.target_modules}),
         ),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    checkpoint = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if checkpoint in ("true", "True") else checkpoint)
     trainer.save_model()
     print({name: value for name, value in trainer.evaluate().items() if "tokens_per_step" in name})
 

@@ -12,7 +12,7 @@ re-implementation (50,000 steps of 1,024 pairs), for a GPU and much more speech,
     python examples/train_slick.py --small --text_files text/*.txt --noise noise --eval_folders speech_commands wake_words
 
 Words that are said in the evaluation folders are never spoken for training. It is an ordinary training script: `accelerate
-launch` spreads it over processes, every training argument can be given, and called again with `--resume_from_checkpoint` it
+launch` spreads it over processes, every training argument can be given, and called again with `--resume_from_checkpoint true` it
 goes on where it stopped; clips that are there are not made again.
 """
 
@@ -200,7 +200,8 @@ def main(recipe: RecipeArguments, args: SlickTrainingArguments):
     model.encoder.subsampling.to(memory_format=torch.channels_last)
     train_encoder(model, rows, processor, recipe, args)
     trainer = KwsTrainer(model=model, args=args, train_dataset=pairs, processing_class=processor)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    checkpoint = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if checkpoint in ("true", "True") else checkpoint)
     trainer.save_model()
     for folder in recipe.eval_folders:
         utterances = load_utterances(folder)

@@ -130,7 +130,8 @@ def main(recipe: RecipeArguments, args: TinyLmArguments):
         trainer = DistillationTrainer(
             model=student, args=stage_args, train_dataset=stories, teacher=teacher, temperature=recipe.temperature, **common
         )  # fmt: skip
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        checkpoint = args.resume_from_checkpoint
+        trainer.train(resume_from_checkpoint=True if checkpoint in ("true", "True") else checkpoint)
         trainer.save_model()
 
     stories = write_stories(

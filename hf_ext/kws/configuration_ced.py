@@ -1,7 +1,5 @@
 """Configuration of [`CedForKeywordSpotting`]."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict

@@ -1,7 +1,5 @@
 """Configuration of [`KwsConformerForCTC`]."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
