@@ -105,7 +105,7 @@ def test_a_small_setting_gives_way_to_what_is_given(recipe):
     words = ["--data", "clips", "--noise", "noise", "--small", "--use_cpu", "True"]
     _, small = recipe.read_arguments(words)
     _, changed = recipe.read_arguments([*words, "--max_steps", "7"])
-    assert (small.max_steps, changed.max_steps) == (1_500, 7)
+    assert (small.max_steps, changed.max_steps) == (3_000, 7)
     assert changed.ungated_steps == small.ungated_steps == 700
 
 
