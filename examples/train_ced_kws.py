@@ -25,7 +25,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCTC, HfArgumentParser
@@ -41,8 +40,8 @@ from hf_ext import (
     KwsProcessor,
     KwsTrainer,
     KwsTrainingConfig,
-    KwsTrialDataset,
     load_utterances,
+    read_audio,
 )
 
 
@@ -130,14 +129,9 @@ def split_by_phrase(rows: list[dict], seed: int) -> tuple[list[dict], list[dict]
 
 def normalising_extractor(rows: list[dict], num_mel_bins: int, num_clips: int = 200) -> KwsFeatureExtractor:
     """Features of mean 0 and spread 1 in each channel."""
-    plain = KwsFeatureExtractor(feature_size=num_mel_bins)
     chosen = Random(0).sample(rows, min(num_clips, len(rows)))
-    clips = KwsTrialDataset([{**row, "phrase": row["text"], "label": 1, "kind": "positive"} for row in chosen])
-    features = [plain(clip["audio"], sampling_rate=clip["sampling_rate"])["input_features"][0] for clip in clips]
-    frames = np.concatenate(features)
-    return KwsFeatureExtractor(
-        feature_size=num_mel_bins, mean=frames.mean(0).tolist(), std=frames.std(0).clip(0.1).tolist()
-    )
+    plain = KwsFeatureExtractor(feature_size=num_mel_bins)
+    return plain.normalized((read_audio(row) for row in chosen), sampling_rate=16000)
 
 
 def new_model(recipe: RecipeArguments) -> CedForKeywordSpotting:

@@ -38,11 +38,12 @@ from hf_ext import (
     PhonemeTokenizer,
     SlickConfig,
     SlickForKeywordSpotting,
+    coloured_noise,
     confusable_phonemes,
     load_utterances,
+    read_audio,
     synthesize_phrases,
 )
-from hf_ext.kws.training.datasets import read_audio
 
 
 # What two cores train in an hour and a half.
@@ -141,8 +142,6 @@ def background(folder: str | None, seed: int) -> list[torch.Tensor]:
     """Recorded noise, and as many recordings again of made-up noise, from white to brown."""
     if folder is None:
         return []
-    from hf_ext.kws.training.augmentation import coloured_noise
-
     recorded = [read_audio({"audio": str(path)}) for path in sorted(Path(folder).rglob("*.ogg"))]
     exponents = torch.linspace(0, 2, len(recorded))
     return [*recorded, *coloured_noise(160_000, exponents, torch.Generator().manual_seed(seed))]
@@ -150,10 +149,8 @@ def background(folder: str | None, seed: int) -> list[torch.Tensor]:
 
 def statistics(pairs: KwsPairDataset, num_clips: int = 300) -> KwsFeatureExtractor:
     """Features with mean 0 and deviation 1 in each channel, over clips as the model will hear them in training."""
-    extractor = KwsFeatureExtractor()
     places = Random(0).sample(range(len(pairs)), min(num_clips, len(pairs)))
-    frames = torch.cat([extractor.extract(torch.from_numpy(pairs[place]["audio"])[None])[0] for place in places])
-    return KwsFeatureExtractor(mean=frames.mean(0).tolist(), std=frames.std(0).tolist())
+    return KwsFeatureExtractor().normalized((pairs[place]["audio"] for place in places), sampling_rate=16000)
 
 
 def train_encoder(model: SlickForKeywordSpotting, rows: list[dict], processor: KwsProcessor, recipe, args) -> None:

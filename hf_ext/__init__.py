@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hf_ext.kws.processing_kws import KwsProcessor
     from hf_ext.kws.spotting.pipeline import KeywordSpottingPipeline
     from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
-    from hf_ext.kws.training.augmentation import KwsAugmenter, spec_augment
+    from hf_ext.kws.training.augmentation import KwsAugmenter, coloured_noise, spec_augment
     from hf_ext.kws.training.corpora import (
         build_libriphrase,
         libriphrase_trials,
@@ -44,11 +44,12 @@ if TYPE_CHECKING:
         phrases_of_words,
         read_alignment,
     )
-    from hf_ext.kws.training.datasets import KwsDataCollator, KwsPairDataset, KwsTrialDataset, load_utterances
+    from hf_ext.kws.training.datasets import KwsDataCollator, KwsPairDataset, KwsTrialDataset
     from hf_ext.kws.training.mining import PhoneticIndex, confusable_phonemes, phonetic_distance
     from hf_ext.kws.training.synthesis import synthesize_phrases
     from hf_ext.kws.training.trainer import KwsTrainer
     from hf_ext.kws.training.trainer_config import KwsTrainingConfig
+    from hf_ext.kws.training.utterances import load_utterances, read_audio
     from hf_ext.kws.training.windows import KwsWindowDataCollator, KwsWindowDataset
     from hf_ext.mtp.configuration import GatedLoraConfig
     from hf_ext.mtp.gated_lora import GatedLoraModel
@@ -98,6 +99,7 @@ __all__ = [
     "SlickConfig",
     "SlickForKeywordSpotting",
     "build_libriphrase",
+    "coloured_noise",
     "confusable_phonemes",
     "convert_checkpoint_to_dynamoe",
     "convert_to_dynamoe",
@@ -109,6 +111,7 @@ __all__ = [
     "phonetic_distance",
     "phrases_of_words",
     "read_alignment",
+    "read_audio",
     "shipped_model",
     "spec_augment",
     "synthesize_phrases",
@@ -152,17 +155,19 @@ _MODULE_OF_NAME = {
     "SlickConfig": "hf_ext.kws.configuration_slick",
     "SlickForKeywordSpotting": "hf_ext.kws.modeling_slick",
     "build_libriphrase": "hf_ext.kws.training.corpora",
+    "coloured_noise": "hf_ext.kws.training.augmentation",
     "confusable_phonemes": "hf_ext.kws.training.mining",
     "convert_checkpoint_to_dynamoe": "hf_ext.dynamoe.shards",
     "convert_to_dynamoe": "hf_ext.dynamoe.conversion",
     "generate_completions": "hf_ext.mtp.on_policy",
     "libriphrase_trials": "hf_ext.kws.training.corpora",
     "load_speech_commands": "hf_ext.kws.training.corpora",
-    "load_utterances": "hf_ext.kws.training.datasets",
+    "load_utterances": "hf_ext.kws.training.utterances",
     "mtp_generate": "hf_ext.mtp.generation",
     "phonetic_distance": "hf_ext.kws.training.mining",
     "phrases_of_words": "hf_ext.kws.training.corpora",
     "read_alignment": "hf_ext.kws.training.corpora",
+    "read_audio": "hf_ext.kws.training.utterances",
     "shipped_model": "hf_ext.assets",
     "spec_augment": "hf_ext.kws.training.augmentation",
     "synthesize_phrases": "hf_ext.kws.training.synthesis",

@@ -24,8 +24,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor, HfArgumentParser
 
 from benchmarks.mtp.reporting import Table, last_part, write
-from hf_ext import AutoModelForKeywordSpotting, PhoneticIndex, load_utterances, shipped_model
-from hf_ext.kws.training.datasets import read_audio
+from hf_ext import AutoModelForKeywordSpotting, PhoneticIndex, load_utterances, read_audio, shipped_model
 from hf_ext.metrics import bootstrap_interval, equal_error_rate, roc_auc
 
 

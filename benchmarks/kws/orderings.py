@@ -38,8 +38,8 @@ from hf_ext import (
     SlickConfig,
     SlickForKeywordSpotting,
     load_utterances,
+    read_audio,
 )
-from hf_ext.kws.training.datasets import read_audio
 
 
 SIZES = {"num_mel_bins": 40, "hidden_size": 48, "num_hidden_layers": 3, "intermediate_size": 96, "hidden_dropout": 0.0}
@@ -91,13 +91,8 @@ class Trainings:
             recorded = load_utterances(folder)
             chosen = Random(0).sample(recorded, min(args.eval_clips, len(recorded)))
             self.tests[Path(folder).name] = _loaded(chosen)
-        plain = KwsFeatureExtractor(feature_size=SIZES["num_mel_bins"])
-        frames = torch.cat(
-            [plain.extract(torch.from_numpy(row["audio"]["array"])[None])[0] for row in self.rows[:300]]
-        )
-        extractor = KwsFeatureExtractor(
-            feature_size=SIZES["num_mel_bins"], mean=frames.mean(0).tolist(), std=frames.std(0).tolist()
-        )
+        extractor = KwsFeatureExtractor(feature_size=SIZES["num_mel_bins"])
+        extractor = extractor.normalized((row["audio"]["array"] for row in self.rows[:300]), sampling_rate=16000)
         self.processor = KwsProcessor(extractor)
 
     def run(self, kind: str, fields: dict[str, Any], shares: dict[str, float], seed: int) -> dict[str, float]:

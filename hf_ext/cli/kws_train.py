@@ -8,7 +8,6 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
@@ -22,8 +21,8 @@ from hf_ext import (
     KwsFeatureExtractor,
     KwsPairDataset,
     KwsProcessor,
-    KwsTrialDataset,
     load_utterances,
+    read_audio,
     synthesize_phrases,
 )
 from hf_ext.cli.loading import chosen_device, suitable_threads
@@ -290,21 +289,9 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def _normalising_extractor(rows: Sequence[Any], channels: int) -> KwsFeatureExtractor:
     """Features with the mean 0 and the spread 1 over some of the clips, channel by channel."""
-    plain = KwsFeatureExtractor(feature_size=channels)
     step = max(1, len(rows) // _CLIPS_FOR_STATISTICS)
-    frames = np.concatenate(
-        [plain(_samples(row), sampling_rate=plain.sampling_rate)["input_features"][0] for row in rows[::step]]
-    )
-    return KwsFeatureExtractor(
-        feature_size=channels,
-        mean=frames.mean(0).round(4).tolist(),
-        std=frames.std(0).clip(0.1).round(4).tolist(),
-    )
-
-
-def _samples(row: Any) -> np.ndarray:
-    trial = {**row, "text": "", "phrase": "", "label": 0, "kind": "random"}
-    return KwsTrialDataset([trial])[0]["audio"]
+    plain = KwsFeatureExtractor(feature_size=channels)
+    return plain.normalized((read_audio(row) for row in rows[::step]), sampling_rate=16000)
 
 
 def _noises(folder: Path | None) -> list[torch.Tensor] | None:
@@ -313,7 +300,7 @@ def _noises(folder: Path | None) -> list[torch.Tensor] | None:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".wav", ".flac", ".ogg", ".mp3"))
     if not files:
         raise ValueError(f"--noise {folder} has no audio files (wav, flac, ogg, mp3).")
-    return [torch.from_numpy(_samples({"audio": str(path)})) for path in files]
+    return [read_audio({"audio": str(path)}) for path in files]
 
 
 def _training_table(figures: dict[str, Any], caption: str) -> Table:

@@ -1,6 +1,7 @@
 """The audio front end of keyword spotting: one computation for training, whole files and streams."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from hf_ext.kws.audio_input import check_sampling_rate, resample, streaming_resa
 
 # One block of frames is transformed at a time, so that an hour of audio takes no more memory than a minute.
 _FRAMES_PER_BLOCK = 4096
+# Of logarithms of power; speech has around 4.
+_LEAST_DEVIATION = 0.1
 
 
 @dataclass
@@ -237,6 +240,36 @@ class KwsFeatureExtractor(SequenceFeatureExtractor):
             )
         frames = samples.to(torch.float32).unfold(1, self.win_length, self.hop_length)
         return torch.cat([self._features_of(block) for block in frames.split(_FRAMES_PER_BLOCK, dim=1)], dim=1)
+
+    def normalized(
+        self, clips: Iterable[Any], sampling_rate: int, channel_axis: int | None = None
+    ) -> "KwsFeatureExtractor":
+        """
+        The same extractor, with the `mean` and `std` of these clips: their features have mean 0 and deviation 1 then, in each
+        channel.
+
+        Args:
+            clips (`Iterable`):
+                A few hundred clips, such as a model will be trained on, one after the other.
+            sampling_rate (`int`), channel_axis (`int`, *optional*):
+                As in a call.
+
+        Returns:
+            [`KwsFeatureExtractor`]
+
+        Raises:
+            ValueError: if there is no clip, or one is refused.
+        """
+        plain, normalized = copy.deepcopy(self), copy.deepcopy(self)
+        plain.mean = plain.std = None
+        features = [plain(clip, sampling_rate, channel_axis=channel_axis)["input_features"][0] for clip in clips]
+        if not features:
+            raise ValueError("`clips` is empty: mean and deviation are taken over some.")
+        frames = np.concatenate(features)
+        # A channel that is always silent, above the band of all clips, must not be blown up.
+        deviation = frames.std(0).clip(_LEAST_DEVIATION)
+        normalized.mean, normalized.std = frames.mean(0).round(4).tolist(), deviation.round(4).tolist()
+        return normalized
 
     def start_stream(self, sampling_rate: int, channel_axis: int | None = None) -> KwsStreamState:
         """

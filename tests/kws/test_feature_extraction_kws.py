@@ -279,6 +279,24 @@ def test_statistics_normalise_each_channel():
     torch.testing.assert_close(features_of(extractor, noise()), (plain - mean) / std)
 
 
+def test_normalized_to_clips_has_their_mean_and_deviation(tmp_path):
+    clips = [noise(seconds=0.5), noise(seconds=0.9) / 4]
+    plain = KwsFeatureExtractor(feature_size=40)
+    normalized = plain.normalized(clips, sampling_rate=16000)
+    frames = torch.cat([features_of(normalized, clip)[0] for clip in clips])
+    torch.testing.assert_close(frames.mean(0), torch.zeros(40), atol=1e-3, rtol=0)
+    torch.testing.assert_close(frames.std(0, correction=0), torch.ones(40), atol=1e-3, rtol=0)
+    assert plain.mean is None
+    normalized.save_pretrained(tmp_path)
+    assert KwsFeatureExtractor.from_pretrained(tmp_path).std == normalized.std
+    # A second time it is as if it had been the first.
+    assert normalized.normalized(clips, sampling_rate=16000).mean == normalized.mean
+    silence = plain.normalized([np.zeros(16000, dtype=np.float32)], sampling_rate=16000)
+    assert min(silence.std) > 0
+    with pytest.raises(ValueError, match="`clips` is empty"):
+        plain.normalized([], sampling_rate=16000)
+
+
 def test_default_settings_are_those_of_slick():
     extractor = KwsFeatureExtractor()
     assert (extractor.feature_type, extractor.feature_size, extractor.sampling_rate) == ("log_mel", 80, 16000)

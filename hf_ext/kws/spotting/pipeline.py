@@ -12,7 +12,7 @@ import torch
 from transformers.pipelines.base import ChunkPipeline
 
 from hf_ext.kws.audio_input import check_sampling_rate, resample, to_mono_float
-from hf_ext.kws.training.datasets import read_audio
+from hf_ext.kws.training.utterances import read_audio
 
 
 FUNCTIONS = ("sigmoid", "none")

@@ -1,100 +1,23 @@
 """Pairs of a clip and a phrase, drawn from utterances with their text."""
 
-import csv
-import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from hf_ext._extras import missing_extra
-from hf_ext.kws.audio_input import resample, to_mono_float
 from hf_ext.kws.processing_kws import KwsProcessor
 from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
 from hf_ext.kws.training.augmentation import KwsAugmenter, spec_augment
 from hf_ext.kws.training.mining import Kind, PhoneticIndex, confusable_phonemes, sound_alike
+from hf_ext.kws.training.utterances import column, duration_of, read_audio
 
 
 # What a pair is: the phrase that was said; any other; one that sounds nearly so, of the vocabulary or made up.
 PAIR_KINDS = ("positive", "random", "hard", "confusable")
 _HARD: tuple[Kind, ...] = ("substitute", "insert", "delete", "prefix", "suffix")
-
-
-def load_utterances(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """
-    The rows of an `audiofolder`, such as [`synthesize_phrases`] writes, with the paths of their clips.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            A folder with clips and a `metadata.csv` that has `file_name` and `text`.
-
-    Returns:
-        `list[dict]`: `audio`, the path of a clip, and the other columns as text. Rows without text are left out.
-
-    Raises:
-        FileNotFoundError: if there is no `metadata.csv`.
-        ValueError: if it lacks a column.
-    """
-    path = Path(folder) / "metadata.csv"
-    if not path.exists():
-        raise FileNotFoundError(f"`folder` ({folder}) has no metadata.csv with the columns file_name and text.")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    missing = {"file_name", "text"} - set(rows[0] if rows else ())
-    if missing:
-        raise ValueError(f"{path} has no rows or lacks the columns {sorted(missing)}.")
-    return [
-        {"audio": str(path.parent / row["file_name"]), **{name: row[name] for name in row if name != "file_name"}}
-        for row in rows
-        if row["text"].strip()
-    ]
-
-
-def read_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> torch.Tensor:
-    """
-    The clip of a row.
-
-    Args:
-        row (`Mapping`):
-            `audio` is a path, what `datasets.Audio(decode=False)` holds (`path` and `bytes`), or what decoded audio is
-            (`array` and `sampling_rate`). `start` and `end`, in seconds, cut a piece out.
-        sampling_rate (`int`, *optional*, defaults to `16000`):
-            Rate to return, in hertz. Channels are averaged.
-
-    Returns:
-        `torch.Tensor` of shape `(num_samples,)`: floats within -1 and 1.
-
-    Raises:
-        ValueError: if the audio can't be read or the piece is empty.
-    """
-    audio = row["audio"]
-    start, end = (float(row[name]) if row.get(name) not in (None, "") else None for name in ("start", "end"))
-    # What `datasets` decodes with torchcodec has the samples under the same names, without being a mapping.
-    decoded = "array" in audio if isinstance(audio, Mapping) else not isinstance(audio, (str, os.PathLike))
-    if decoded:
-        rate, name = int(audio["sampling_rate"]), "array"
-        samples = np.asarray(audio["array"])[int((start or 0) * rate) : None if end is None else int(end * rate)]
-    else:
-        soundfile = _soundfile()
-        content = audio.get("bytes") if isinstance(audio, Mapping) else None
-        path = audio.get("path") if isinstance(audio, Mapping) else os.fspath(audio)
-        name = str(path)
-        try:
-            with soundfile.SoundFile(io.BytesIO(content) if content else path) as file:
-                rate = file.samplerate
-                file.seek(min(int((start or 0) * rate), file.frames))
-                count = -1 if end is None else max(int(end * rate) - file.tell(), 0)
-                samples = file.read(count, dtype="float32")
-        except soundfile.LibsndfileError as error:
-            raise ValueError(f"The audio {name} can't be read: {error}") from error
-    mono = to_mono_float(samples, -1 if samples.ndim == 2 else None, name=f"{name} from {start or 0} s to {end} s")
-    return resample(mono, rate, sampling_rate)
 
 
 class KwsTrialDataset(Dataset):
@@ -139,7 +62,7 @@ class KwsTrialDataset(Dataset):
 
     def durations(self) -> list[float]:
         """Seconds of each item, before any change: `duration_s` of its row, or what the header of its file says."""
-        return [_duration(trial) for trial in self.trials]
+        return [duration_of(trial) for trial in self.trials]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         # Iterating a sequence ends with this error.
@@ -204,8 +127,7 @@ class KwsPairDataset(KwsTrialDataset):
     Example:
 
     ```python
-    >>> import numpy as np
-    >>> from hf_ext import KwsPairDataset
+    >>>     >>> from hf_ext import KwsPairDataset
 
     >>> clip = {"array": np.zeros(16000, dtype=np.float32), "sampling_rate": 16000}
     >>> utterances = [{"audio": clip, "text": text} for text in ("lights on", "lights off", "play music")]
@@ -243,7 +165,7 @@ class KwsPairDataset(KwsTrialDataset):
         self.max_phonemes = max_phonemes
         self.contained_is_negative = contained_is_negative
         self.tokenizer = tokenizer or PhonemeTokenizer()
-        texts = _column(utterances, "text")
+        texts = column(utterances, "text")
         self._phonemes = {text: tuple(self.tokenizer.tokenize(text)) for text in dict.fromkeys([*texts, *vocabulary])}
         fitting = {text: spoken for text, spoken in self._phonemes.items() if len(spoken) <= max_phonemes}
         # Rows that are kept, by their place in the utterances.
@@ -262,7 +184,7 @@ class KwsPairDataset(KwsTrialDataset):
 
     def durations(self) -> list[float]:
         times = len(self.kinds) if self.every_kind else 1
-        return [_duration(self.trials[row]) for row in self.rows for _ in range(times)]
+        return [duration_of(self.trials[row]) for row in self.rows for _ in range(times)]
 
     def hard_negatives(self, text: str) -> list[str]:
         """The nearest phrases of the vocabulary, and some that share the beginning or the end of this one."""
@@ -340,8 +262,7 @@ class KwsDataCollator:
     Example:
 
     ```python
-    >>> import numpy as np
-    >>> from hf_ext import KwsDataCollator, KwsPairDataset, KwsProcessor
+    >>>     >>> from hf_ext import KwsDataCollator, KwsPairDataset, KwsProcessor
 
     >>> clip = {"array": np.zeros(16000, dtype=np.float32), "sampling_rate": 16000}
     >>> pairs = KwsPairDataset([{"audio": clip, "text": text} for text in ("yes", "no")], every_kind=True)
@@ -389,28 +310,3 @@ class KwsDataCollator:
         batch["labels"] = torch.tensor([float(pair["label"]) for pair in pairs])
         batch["pair_kinds"] = torch.tensor([PAIR_KINDS.index(pair["kind"]) for pair in pairs])
         return batch
-
-
-def _duration(row: Mapping[str, Any]) -> float:
-    if row.get("start") not in (None, "") and row.get("end") not in (None, ""):
-        return float(row["end"]) - float(row["start"])
-    if row.get("duration_s") not in (None, ""):
-        return float(row["duration_s"])
-    if isinstance(row["audio"], (str, os.PathLike)):
-        return float(_soundfile().info(os.fspath(row["audio"])).duration)
-    return len(read_audio(row)) / 16000
-
-
-def _column(rows: Any, name: str) -> list[Any]:
-    # A datasets.Dataset gives a column without reading the audio of its rows.
-    if hasattr(rows, "column_names"):
-        return list(rows[name])
-    return [row[name] for row in rows]
-
-
-def _soundfile() -> Any:
-    try:
-        import soundfile
-    except ModuleNotFoundError as error:
-        raise missing_extra(error, needed_by="Reading audio files") or error from error
-    return soundfile

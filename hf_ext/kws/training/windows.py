@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from hf_ext.kws.feature_extraction_kws import KwsFeatureExtractor
 from hf_ext.kws.training.augmentation import KwsAugmenter
-from hf_ext.kws.training.datasets import read_audio
+from hf_ext.kws.training.utterances import read_audio
 
 
 # What a window holds: a keyword near its middle, background alone, a keyword at its edge that the next window will have.

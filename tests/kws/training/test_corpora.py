@@ -15,7 +15,8 @@ from hf_ext.kws.training.corpora import (
     phrases_of_words,
     read_alignment,
 )
-from hf_ext.kws.training.datasets import KwsPairDataset, read_audio
+from hf_ext.kws.training.datasets import KwsPairDataset
+from hf_ext.kws.training.utterances import read_audio
 
 
 WORDS = [("", 0.0, 0.2), ("mister", 0.2, 0.6), ('"john"', 0.6, 1.0), ("", 1.0, 1.25), ("2", 1.25, 1.5)]

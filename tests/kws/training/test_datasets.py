@@ -17,10 +17,9 @@ from hf_ext.kws.training.datasets import (
     KwsDataCollator,
     KwsPairDataset,
     KwsTrialDataset,
-    load_utterances,
-    read_audio,
 )
 from hf_ext.kws.training.mining import sound_alike
+from hf_ext.kws.training.utterances import load_utterances, read_audio
 
 
 WORDS = ["lights on", "lights off", "nights on", "play music", "stop", "volume up", "volume down"]

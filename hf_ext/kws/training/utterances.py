@@ -1,0 +1,112 @@
+"""Clips with their text: the rows of folders, and what is in their files."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_ext._extras import missing_extra
+from hf_ext.kws.audio_input import resample, to_mono_float
+
+
+def load_utterances(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """
+    The rows of an `audiofolder`, such as [`synthesize_phrases`] writes, with the paths of their clips.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A folder with clips and a `metadata.csv` that has `file_name` and `text`.
+
+    Returns:
+        `list[dict]`: `audio`, the path of a clip, and the other columns as text. Rows without text are left out.
+
+    Raises:
+        FileNotFoundError: if there is no `metadata.csv`.
+        ValueError: if it lacks a column.
+    """
+    path = Path(folder) / "metadata.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"`folder` ({folder}) has no metadata.csv with the columns file_name and text.")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    missing = {"file_name", "text"} - set(rows[0] if rows else ())
+    if missing:
+        raise ValueError(f"{path} has no rows or lacks the columns {sorted(missing)}.")
+    return [
+        {"audio": str(path.parent / row["file_name"]), **{name: row[name] for name in row if name != "file_name"}}
+        for row in rows
+        if row["text"].strip()
+    ]
+
+
+def read_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> torch.Tensor:
+    """
+    The clip of a row.
+
+    Args:
+        row (`Mapping`):
+            `audio` is a path, what `datasets.Audio(decode=False)` holds (`path` and `bytes`), or what decoded audio is
+            (`array` and `sampling_rate`). `start` and `end`, in seconds, cut a piece out.
+        sampling_rate (`int`, *optional*, defaults to `16000`):
+            Rate to return, in hertz. Channels are averaged.
+
+    Returns:
+        `torch.Tensor` of shape `(num_samples,)`: floats within -1 and 1.
+
+    Raises:
+        ValueError: if the audio can't be read or the piece is empty.
+    """
+    audio = row["audio"]
+    start, end = (float(row[name]) if row.get(name) not in (None, "") else None for name in ("start", "end"))
+    # What `datasets` decodes with torchcodec has the samples under the same names, without being a mapping.
+    decoded = "array" in audio if isinstance(audio, Mapping) else not isinstance(audio, (str, os.PathLike))
+    if decoded:
+        rate, name = int(audio["sampling_rate"]), "array"
+        samples = np.asarray(audio["array"])[int((start or 0) * rate) : None if end is None else int(end * rate)]
+    else:
+        soundfile = _soundfile()
+        content = audio.get("bytes") if isinstance(audio, Mapping) else None
+        path = audio.get("path") if isinstance(audio, Mapping) else os.fspath(audio)
+        name = str(path)
+        try:
+            with soundfile.SoundFile(io.BytesIO(content) if content else path) as file:
+                rate = file.samplerate
+                file.seek(min(int((start or 0) * rate), file.frames))
+                count = -1 if end is None else max(int(end * rate) - file.tell(), 0)
+                samples = file.read(count, dtype="float32")
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"The audio {name} can't be read: {error}") from error
+    mono = to_mono_float(samples, -1 if samples.ndim == 2 else None, name=f"{name} from {start or 0} s to {end} s")
+    return resample(mono, rate, sampling_rate)
+
+
+def duration_of(row: Mapping[str, Any]) -> float:
+    """Seconds of the clip of a row, from its columns if they tell, else from its file."""
+    if row.get("start") not in (None, "") and row.get("end") not in (None, ""):
+        return float(row["end"]) - float(row["start"])
+    if row.get("duration_s") not in (None, ""):
+        return float(row["duration_s"])
+    if isinstance(row["audio"], (str, os.PathLike)):
+        return float(_soundfile().info(os.fspath(row["audio"])).duration)
+    return len(read_audio(row)) / 16000
+
+
+def column(rows: Any, name: str) -> list[Any]:
+    """One column of a list of rows or of a `datasets.Dataset`."""
+    # A datasets.Dataset gives a column without reading the audio of its rows.
+    if hasattr(rows, "column_names"):
+        return list(rows[name])
+    return [row[name] for row in rows]
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, needed_by="Reading audio files") or error from error
+    return soundfile
