@@ -4,13 +4,15 @@ How well typed phrases are told from others, in recordings of words that a model
 Every clip of every folder is scored against what was said and against what was not: the other texts of the folder, frequent
 words and runs of words of a text drawn at random, and dictionary words one and two phonemes away (those that nobody could hear
 apart are left out). All pairs of a kind are pooled under one threshold. Beside the score stand its two parts, the matcher
-alone and the reading of the CTC layer alone, and what the length of a clip tells by itself.
+alone and the reading of the CTC layer alone, and what the length of a clip tells by itself. Clips go through the pipeline, as
+users' do: untrimmed, long ones in windows.
 
     python -m benchmarks.kws.detection --model slick-small --folders speech/speech_commands speech/wake_words --text_files text/*.txt
 """
 
 from __future__ import annotations
 
+import csv
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,10 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoProcessor, HfArgumentParser
+from transformers import HfArgumentParser, pipeline
 
 from benchmarks.mtp.reporting import Table, last_part, write
-from hf_ext import AutoModelForKeywordSpotting, PhoneticIndex, load_utterances, read_audio, shipped_model
+from hf_ext import PhoneticIndex, load_utterances, read_audio, shipped_model
 from hf_ext.metrics import bootstrap_interval, equal_error_rate, roc_auc
 
 
@@ -49,35 +51,43 @@ def vocabulary_of(files: list[str], tokenizer: Any) -> list[str]:
 
 
 def negatives_of(
-    text: str, others: list[str], words: list[str], near: Any, count: int, draw: Random
-) -> dict[str, Any]:
+    said: list[str], others: list[str], words: list[str], near: Any, count: int, draw: Random
+) -> dict[str, list[str]]:
     """Phrases that were not said, by kind."""
-    length = len(text.split())
-    random = [" ".join(draw.choices(words, k=max(length, draw.choice([1, 1, 2])))) for _ in range(count)]
-    found = {"other texts": [other for other in others if other != text], "random phrases": random}
-    ring = near.nearest(text, 60, max_distance=2.0)
-    for distance, name in ((1.0, "one phoneme away"), (2.0, "two phonemes away")):
-        at = [neighbour.phrase for neighbour in ring if neighbour.distance == distance]
-        found[name] = draw.sample(at, min(count, len(at)))
+    # "milk" may be heard in "some milk", and what is listed is not all that was said.
+    heard = {word for phrase in said for word in phrase.split()}
+    apart = [other for other in others if not heard & set(other.split())]
+    length = max(len(phrase.split()) for phrase in said)
+    random = [" ".join(draw.choices(words, k=max(min(length, 2), draw.choice([1, 1, 2])))) for _ in range(count)]
+    found = {"other texts": draw.sample(apart, min(3 * count, len(apart))), "random phrases": random}
+    if len(said) == 1:
+        ring = near.nearest(said[0], 60, max_distance=2.0)
+        for distance, name in ((1.0, "one phoneme away"), (2.0, "two phonemes away")):
+            at = [neighbour.phrase for neighbour in ring if neighbour.distance == distance]
+            found[name] = draw.sample(at, min(count, len(at)))
     return found
 
 
-@torch.no_grad()
-def scores_of(model: Any, processor: Any, clips: list[torch.Tensor], phrases: list[list[str]]) -> list[np.ndarray]:
+def scores_of(spotter: Any, clips: list[torch.Tensor], phrases: list[list[str]]) -> list[np.ndarray]:
     """For each clip and each of its phrases the matcher's score, that of the reading, and the model's own."""
-    tokenizer, config = processor.tokenizer, model.config
-    weights = config.matcher_score_weight, config.ctc_score_weight, config.score_bias
+    config = spotter.model.config
+    names = ("matcher_score_weight", "ctc_score_weight", "score_bias")
+    own = {name: getattr(config, name) for name in names}
+    parts = [dict(zip(names, weights, strict=True)) for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))]
     found = []
     for clip, asked in zip(tqdm(clips, desc="Scoring"), phrases, strict=True):
-        inputs = processor(audio=clip.numpy(), sampling_rate=16000, return_tensors="pt")
-        audio = model.get_audio_features(inputs["input_features"], inputs["attention_mask"])
-        tokens = tokenizer(asked, padding=True, return_tensors="pt")
-        text = model.get_text_features(tokens["input_ids"], tokens["attention_mask"])
         columns = []
-        for part in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), weights):
-            config.matcher_score_weight, config.ctc_score_weight, config.score_bias = part
-            columns.append(model.score(audio, text)[0].numpy())
-        found.append(np.stack(columns, axis=-1))
+        for weights in (*parts, own):
+            config.update(weights)
+            answers = spotter(
+                clip.numpy(),
+                sampling_rate=16000,
+                candidate_labels=list(dict.fromkeys(asked)),
+                function_to_apply="none",
+            )
+            by_label = {answer["label"]: answer["score"] for answer in answers}
+            columns.append([by_label[phrase] for phrase in asked])
+        found.append(np.array(columns).T)
     return found
 
 
@@ -89,21 +99,29 @@ def of_length(clips: list[torch.Tensor], phrases: list[list[str]], tokenizer: An
     return [-np.abs(length - np.polyval(line, size)) for length, size in zip(seconds, sizes, strict=True)]
 
 
-def measured(
-    folder: str, model: Any, processor: Any, words: list[str], near: Any, args: DetectionArguments
-) -> list[Any]:
+def clips_of(folder: str) -> list[dict[str, Any]]:
+    """Clips with the list of what is said in them: their text, or phrases that are heard among other words."""
+    rows = [{**row, "said": [row["text"]]} for row in load_utterances(folder)]
+    if rows:
+        return rows
+    with (Path(folder) / "metadata.csv").open(newline="", encoding="utf-8") as file:
+        listed = [row for row in csv.DictReader(file) if row.get("phrases")]
+    return [{"audio": str(Path(folder) / row["file_name"]), "said": row["phrases"].split("|")} for row in listed]
+
+
+def measured(folder: str, spotter: Any, words: list[str], near: Any, args: DetectionArguments) -> list[Any]:
     draw = Random(args.seed)
-    rows = load_utterances(folder)
+    rows = clips_of(folder)
     rows = draw.sample(rows, min(args.max_clips, len(rows)))
-    others = sorted({row["text"] for row in rows})
+    others = sorted({phrase for row in rows for phrase in row["said"]})
     asked, kinds = [], []
     for row in rows:
-        negatives = negatives_of(row["text"], others, words, near, args.num_negatives, draw)
-        asked.append([row["text"], *(phrase for found in negatives.values() for phrase in found)])
-        kinds.append(["", *(kind for kind, found in negatives.items() for _ in found)])
+        negatives = negatives_of(row["said"], others, words, near, args.num_negatives, draw)
+        asked.append([*row["said"], *(phrase for found in negatives.values() for phrase in found)])
+        kinds.append([*[""] * len(row["said"]), *(kind for kind, found in negatives.items() for _ in found)])
     clips = [read_audio(row) for row in rows]
-    scores = scores_of(model, processor, clips, asked)
-    lengths = of_length(clips, asked, processor.tokenizer)
+    scores = scores_of(spotter, clips, asked)
+    lengths = of_length(clips, asked, spotter.processor.tokenizer)
     flat, length = np.concatenate(scores), np.concatenate(lengths)
     kind = np.array([name for row in kinds for name in row])
     clip = np.concatenate([np.full(len(row), i) for i, row in enumerate(kinds)])
@@ -134,12 +152,12 @@ def measured(
 
 def main(args: DetectionArguments) -> None:
     place = args.model if Path(args.model).exists() or "/" in args.model else shipped_model(args.model)
-    model = AutoModelForKeywordSpotting.from_pretrained(place).eval()
-    processor = AutoProcessor.from_pretrained(place)
     torch.set_num_threads(1)
-    words = vocabulary_of(args.text_files, processor.tokenizer)
-    near = PhoneticIndex(words, processor.tokenizer, weighted=False)
-    found = [row for folder in args.folders for row in measured(folder, model, processor, words, near, args)]
+    spotter = pipeline("keyword-spotting", model=place, device="cpu")
+    model, tokenizer = spotter.model, spotter.processor.tokenizer
+    words = vocabulary_of(args.text_files, tokenizer)
+    near = PhoneticIndex(words, tokenizer, weighted=False)
+    found = [row for folder in args.folders for row in measured(folder, spotter, words, near, args)]
     columns = ["folder", "negatives", "clips", "pairs", "AUC %", "95 %", "EER %", "matcher", "reading", "length"]
     cells = [
         [
