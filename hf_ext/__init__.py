@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hf_ext.kws.processing_kws import KwsProcessor
     from hf_ext.kws.spotting.pipeline import KeywordSpottingPipeline
     from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
-    from hf_ext.kws.training.augmentation import KwsAugmenter, coloured_noise, spec_augment
+    from hf_ext.kws.training.augmentation import KwsAugmenter, spec_augment
     from hf_ext.kws.training.corpora import (
         build_libriphrase,
         libriphrase_trials,
@@ -45,12 +45,14 @@ if TYPE_CHECKING:
         read_alignment,
     )
     from hf_ext.kws.training.datasets import KwsDataCollator, KwsPairDataset, KwsTrialDataset
+    from hf_ext.kws.training.effects import coloured_noise
     from hf_ext.kws.training.mining import PhoneticIndex, confusable_phonemes, phonetic_distance
     from hf_ext.kws.training.synthesis import synthesize_phrases
     from hf_ext.kws.training.trainer import KwsTrainer
     from hf_ext.kws.training.trainer_config import KwsTrainingConfig
     from hf_ext.kws.training.utterances import load_utterances, read_audio
-    from hf_ext.kws.training.windows import KwsWindowDataCollator, KwsWindowDataset
+    from hf_ext.kws.training.window_scores import decide_windows, time_windows
+    from hf_ext.kws.training.windows import KwsWindowDataCollator, KwsWindowDataset, hold_out, load_noises
     from hf_ext.mtp.configuration import GatedLoraConfig
     from hf_ext.mtp.gated_lora import GatedLoraModel
     from hf_ext.mtp.generation import MtpGenerateOutput, MtpGenerationMixin, mtp_generate
@@ -103,8 +105,11 @@ __all__ = [
     "confusable_phonemes",
     "convert_checkpoint_to_dynamoe",
     "convert_to_dynamoe",
+    "decide_windows",
     "generate_completions",
+    "hold_out",
     "libriphrase_trials",
+    "load_noises",
     "load_speech_commands",
     "load_utterances",
     "mtp_generate",
@@ -115,6 +120,7 @@ __all__ = [
     "shipped_model",
     "spec_augment",
     "synthesize_phrases",
+    "time_windows",
 ]
 
 _MODULE_OF_NAME = {
@@ -155,12 +161,15 @@ _MODULE_OF_NAME = {
     "SlickConfig": "hf_ext.kws.configuration_slick",
     "SlickForKeywordSpotting": "hf_ext.kws.modeling_slick",
     "build_libriphrase": "hf_ext.kws.training.corpora",
-    "coloured_noise": "hf_ext.kws.training.augmentation",
+    "coloured_noise": "hf_ext.kws.training.effects",
     "confusable_phonemes": "hf_ext.kws.training.mining",
     "convert_checkpoint_to_dynamoe": "hf_ext.dynamoe.shards",
     "convert_to_dynamoe": "hf_ext.dynamoe.conversion",
+    "decide_windows": "hf_ext.kws.training.window_scores",
     "generate_completions": "hf_ext.mtp.on_policy",
+    "hold_out": "hf_ext.kws.training.windows",
     "libriphrase_trials": "hf_ext.kws.training.corpora",
+    "load_noises": "hf_ext.kws.training.windows",
     "load_speech_commands": "hf_ext.kws.training.corpora",
     "load_utterances": "hf_ext.kws.training.utterances",
     "mtp_generate": "hf_ext.mtp.generation",
@@ -171,6 +180,7 @@ _MODULE_OF_NAME = {
     "shipped_model": "hf_ext.assets",
     "spec_augment": "hf_ext.kws.training.augmentation",
     "synthesize_phrases": "hf_ext.kws.training.synthesis",
+    "time_windows": "hf_ext.kws.training.window_scores",
 }
 
 

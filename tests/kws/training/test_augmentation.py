@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from hf_ext.kws.training.augmentation import (
-    KwsAugmenter,
+from hf_ext.kws.training.augmentation import KwsAugmenter, spec_augment
+from hf_ext.kws.training.effects import (
     add_noise,
     band_limit,
     change_speed,
     clip_peaks,
     coloured_noise,
+    equalize,
     mu_law,
     reverberate,
     room_responses,
-    spec_augment,
 )
 
 
@@ -71,6 +71,15 @@ def test_speed_moves_pitch_and_length_together():
         peak = torch.fft.rfft(row[:length]).abs().argmax() * 16000 / length
         assert peak == pytest.approx(hertz, abs=2)
     assert waves[0].abs().max() == pytest.approx(1, abs=0.1) and waves[1, 10000:].abs().max() == 0
+
+
+def test_equalizer_gains_are_those_of_the_frequencies():
+    # Points at 100 Hz, 894 Hz and 8 kHz.
+    gains = torch.tensor([[0.0, -6.0, -20.0], [0.0, 0.0, 0.0]])
+    for hertz, expected in [(60, 0.0), (894, -6.0), (2675, -13.0), (7900, -20.0)]:
+        changed = equalize(tone(hertz).expand(2, -1), gains)
+        level = 20 * torch.log10(changed[:, 4000:12000].norm(dim=-1) / tone(hertz)[0, 4000:12000].norm())
+        assert level.tolist() == pytest.approx([expected, 0.0], abs=0.2)
 
 
 def test_band_and_line_and_clipping():
