@@ -96,8 +96,8 @@ class KwsAugmenter:
             Near and far speakers.
         snr_db (`tuple[float, float]`, *optional*, defaults to `(5.0, 25.0)`):
             Range in decibels.
-        gain_db (`tuple[float, float]`, *optional*, defaults to `(-12.0, 6.0)`):
-            Range in decibels, for every clip.
+        gain_db (`tuple[float, float]`, *optional*, defaults to `(-36.0, 6.0)`):
+            Range in decibels, for every clip. Recordings are often far softer than what synthesisers write.
 
     Raises:
         ValueError: for probabilities outside 0 to 1 and ranges that are the wrong way round.
@@ -131,7 +131,7 @@ class KwsAugmenter:
     rt60: tuple[float, float] = (0.1, 0.6)
     direct_to_reverberant_db: tuple[float, float] = (0.0, 15.0)
     snr_db: tuple[float, float] = (5.0, 25.0)
-    gain_db: tuple[float, float] = (-12.0, 6.0)
+    gain_db: tuple[float, float] = (-36.0, 6.0)
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
