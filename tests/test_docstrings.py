@@ -23,6 +23,7 @@ MODULES += [
     "kws.training.augmentation",
     "kws.training.datasets",
     "kws.training.corpora",
+    "kws.training.window_scores",
     "kws.training.windows",
     "kws.training.trainer",
 ]

@@ -3,7 +3,8 @@ What the gates of the conformer skip, what that costs in accuracy, and whether t
 
 Windows of words and of background that training never saw, as `examples/train_gated_conformer.py` holds them out, are put
 to a model trained with gates, at several thresholds, and to one trained alike without (`--ungated_steps` as many as
-`--max_steps`). All contenders take turns within one run, one window at a time on one thread; times are medians.
+`--max_steps`). All contenders take turns within one run, one window at a time on one thread; times are medians, without
+the features.
 
     python -m benchmarks.kws.gated_conformer --model out/gated --baseline out/ungated --data speech_commands --noise noise
 """
@@ -11,13 +12,21 @@ to a model trained with gates, at several thresholds, and to one trained alike w
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from random import Random
 
 import torch
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, HfArgumentParser
 
 from benchmarks.mtp.reporting import Table, last_part, write
-from examples.train_gated_conformer import decide, figures, held_out_windows, milliseconds
-from hf_ext import KwsWindowDataCollator
+from hf_ext import (
+    KwsWindowDataCollator,
+    KwsWindowDataset,
+    decide_windows,
+    hold_out,
+    load_noises,
+    load_utterances,
+    time_windows,
+)
 from hf_ext.metrics import bootstrap_interval
 
 
@@ -27,7 +36,7 @@ class Arguments:
     baseline: str = field(metadata={"help": "The model that was trained without."})
     data: list[str] = field(metadata={"help": "The folders of clips that they were trained on."})
     noise: str = field(metadata={"help": "The folder of noise."})
-    held_out_by: str = field(default="speaker", metadata={"help": "As in training: speaker or clip."})
+    held_out_by: str = field(default="speaker", metadata={"help": "As in training: speaker or audio."})
     thresholds: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7], metadata={"help": "Of the gates."})
     num_windows: int = field(default=2_000, metadata={"help": "Windows that are evaluated."})
     num_timed_windows: int = field(default=200, metadata={"help": "Windows whose time is taken."})
@@ -42,21 +51,26 @@ def main(args: Arguments) -> None:
         AutoModelForAudioClassification.from_pretrained(name).eval() for name in (args.model, args.baseline)
     )
     collator = KwsWindowDataCollator(AutoFeatureExtractor.from_pretrained(args.model))
-    held_out = held_out_windows(
-        args.data, args.noise, model.config.label2id, args.held_out_by, args.num_windows, args.seed
+    rows = [row for folder in args.data for row in load_utterances(folder)]
+    _, rows = hold_out(rows, args.held_out_by, seed=args.seed)
+    Random(args.seed).shuffle(rows)
+    _, noises = load_noises(args.noise)
+    windows = list(
+        KwsWindowDataset(rows, noises, model.config.label2id, num_windows=args.num_windows, seed=args.seed + 1)
     )
-    windows = list(held_out)
     contenders = {
         "trained without gates": (baseline, {"gated": False}),
         "gates not asked": (model, {"gated": False}),
         **{f"threshold {value}": (model, {"gate_threshold": value}) for value in args.thresholds},
     }
-    decisions = {name: decide(one, windows, collator, 64, **options) for name, (one, options) in contenders.items()}
-    results = {name: figures(model, decisions[name], windows) for name in contenders}
-    times = milliseconds(contenders, windows[: args.num_timed_windows], collator)
+    decisions = {
+        name: decide_windows(one, windows, collator, **options) for name, (one, options) in contenders.items()
+    }
+    results = {name: made.figures(*model.count_macs()) for name, made in decisions.items()}
+    times = time_windows(contenders, windows[: args.num_timed_windows], collator)
     reference = decisions["trained without gates"].right.astype(int)
     # Windows of one clip are no independent evidence.
-    clips = [index % len(held_out.utterances) for index in range(len(windows))]
+    clips = [index % len(rows) for index in range(len(windows))]
     for name, made in decisions.items():
         low, high = bootstrap_interval(
             lambda a, b: a.mean() - b.mean(), made.right.astype(int), reference, groups=clips
@@ -94,7 +108,7 @@ def main(args: Arguments) -> None:
         )
     kinds = [window["kind"] for window in windows]
     note = (
-        f"{model.num_parameters():,} weights, {model.config.num_labels} words; {len(held_out.utterances)} clips of "
+        f"{model.num_parameters():,} weights, {model.config.num_labels} words; {len(rows)} clips of "
         f"{', '.join(str(last_part(folder)) for folder in args.data)} held out by {args.held_out_by}. "
         + ", ".join(f"{kinds.count(kind)} windows: {kind}" for kind in sorted(set(kinds)))
         + ". A window with a word is right if it is found and is the right one, others if nothing is found in them. The "

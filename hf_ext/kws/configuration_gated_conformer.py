@@ -57,6 +57,10 @@ class GatedConformerConfig(PreTrainedConfig):
         gate_cost (`str`, *optional*, defaults to `"equal"`):
             What the gates' loss is a mean of: the probabilities of all gates (`"equal"`, as in the paper), or the same weighted
             by the multiply-accumulates of their modules (`"macs"`), which is the share of the gated work that is expected.
+        gate_noise_factor (`float`, *optional*, defaults to `1.0`):
+            How many times as much a window without a keyword counts in the gates' loss. The paper's is one mean of all
+            windows, which 1 is; its streams are mostly background, and where training has as many keywords as background,
+            more than 1 asks the background alone for what a heavier loss would ask of the keywords too.
         detection_loss_weight (`float`, *optional*, defaults to `1.0`), classification_loss_weight (`float`, *optional*,
         defaults to `1.0`), localization_loss_weight (`float`, *optional*, defaults to `1.0`), gate_loss_weight (`float`,
         *optional*, defaults to `0.1`):
@@ -64,7 +68,7 @@ class GatedConformerConfig(PreTrainedConfig):
 
     Raises:
         ValueError: if heads don't divide the width, the kernel is even, the window is shorter than a step, the hop is no
-            multiple of 4, or a probability or temperature is out of range.
+            multiple of 4, or a probability, temperature, weight or factor is out of range.
 
     Example:
 
@@ -108,6 +112,7 @@ class GatedConformerConfig(PreTrainedConfig):
     gate_temperature: float | int = 1.0
     gate_open_probability: float | int = 0.95
     gate_cost: Literal["equal", "macs"] = "equal"
+    gate_noise_factor: float | int = 1.0
     detection_loss_weight: float | int = 1.0
     classification_loss_weight: float | int = 1.0
     localization_loss_weight: float | int = 1.0
@@ -141,6 +146,8 @@ class GatedConformerConfig(PreTrainedConfig):
             weight = getattr(self, f"{name}_loss_weight")
             if weight < 0:
                 raise ValueError(f"`{name}_loss_weight` must not be negative, got {weight}.")
+        if self.gate_noise_factor < 0:
+            raise ValueError(f"`gate_noise_factor` must not be negative, got {self.gate_noise_factor}.")
         super().__post_init__(**kwargs)
 
     @staticmethod

@@ -20,7 +20,7 @@ from .modeling_gated_conformer_layers import (
     GatedConformerLayer,
     GatedConformerSubsampling,
 )
-from .modeling_gated_conformer_losses import keyword_losses
+from .modeling_gated_conformer_losses import expected_work, keyword_losses
 from .modeling_gated_conformer_outputs import (
     DetectedKeyword,
     GatedConformerMacs,
@@ -173,7 +173,8 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
             )
         if labels is not None:
             losses = keyword_losses(output, labels, detection_targets, location_targets)
-            losses["gate_loss"] = self._gate_loss(output.gate_probabilities[output.window_mask].float())
+            macs = self.count_macs().modules if self.config.gate_cost == "macs" else None
+            losses["gate_loss"] = expected_work(output, labels, macs, self.config.gate_noise_factor)
             weights = {name: getattr(self.config, f"{name}_weight") for name in losses}
             weights["gate_loss"] *= gated
             losses["loss"] = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
@@ -306,8 +307,8 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
         layer = (feed_forward, attention, convolution, feed_forward)
         frames = (config.window_frames - 1) // 2
         entrance = frames * 3 * config.num_mel_bins * size + steps * (3 * size + size**2)
-        # The gates of a block are computed anew behind each of its modules.
-        gates = config.num_hidden_layers * MODULES_PER_LAYER * size * 2 * MODULES_PER_LAYER
+        # The gates of a block, and the mean that they look at, are computed anew behind each of its modules.
+        gates = config.num_hidden_layers * MODULES_PER_LAYER * size * (2 * MODULES_PER_LAYER + steps)
         heads = size * (3 + config.num_labels)
         return GatedConformerMacs(layer * config.num_hidden_layers, entrance + gates + heads)
 
@@ -361,12 +362,6 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
             window_starts=FRAMES_PER_STEP * starts,
             window_mask=window_mask,
         )
-
-    def _gate_loss(self, probabilities: torch.Tensor) -> torch.Tensor:
-        if self.config.gate_cost == "equal":
-            return probabilities.mean()
-        macs = probabilities.new_tensor(self.count_macs().modules)
-        return (probabilities @ (macs / macs.sum())).mean()
 
     def _check_features(self, input_features: torch.Tensor, num_streams: int | None = None) -> None:
         mels = self.config.num_mel_bins

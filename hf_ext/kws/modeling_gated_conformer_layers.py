@@ -100,17 +100,21 @@ class GatedConformerLayer(GradientCheckpointingLayer):
             lambda hidden, mask: 0.5 * self.feed_forward_out(hidden),
         )
 
-    def _gate_logits(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _gate_logits(self, hidden: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """Of the mean over time, as in the paper: of the states as they are, without a norm."""
-        kept = mask[..., None].to(hidden.dtype)
-        mean = (hidden * kept).sum(1) / kept.sum(1)
-        return self.gates(mean).float().unflatten(-1, (MODULES_PER_LAYER, 2))
+        return self.gates(steps @ hidden).float().view(-1, MODULES_PER_LAYER, 2)
+
+    @staticmethod
+    def _averaging(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What multiplies states to their mean over time: one product for each gate that is asked."""
+        return (mask / mask.sum(1, keepdim=True)).to(dtype)[:, None]
 
     def _relaxed(self, hidden: torch.Tensor, mask: torch.Tensor, gated: bool) -> tuple[torch.Tensor, ...]:
         """Every module runs, and is multiplied by a gate that gradients go through."""
         gates, probabilities = [], []
+        steps = self._averaging(mask, hidden.dtype)
         for index, run in enumerate(self._modules_in_order()):
-            logits = self._gate_logits(hidden, mask)[:, index]
+            logits = self._gate_logits(hidden, steps)[:, index]
             sample = F.gumbel_softmax(logits, self.temperature, hard=self.hard)[:, 0]
             gate = sample if gated else torch.ones_like(sample)
             hidden = hidden + gate[:, None, None].to(hidden.dtype) * run(hidden, mask)
@@ -120,20 +124,21 @@ class GatedConformerLayer(GradientCheckpointingLayer):
 
     def _skipping(self, hidden: torch.Tensor, mask: torch.Tensor, threshold: float) -> tuple[torch.Tensor, ...]:
         """A module runs for the windows whose gate is open, and for no other."""
-        gates, probabilities = [], []
-        current = None
-        for index, run in enumerate(self._modules_in_order()):
-            # What no module has changed since need not be looked at again.
-            if current is None:
-                current = self._gate_logits(hidden, mask).softmax(-1)[..., 0]
-                is_open = current > threshold
-                num_open = is_open.sum(0).tolist()
-            gates.append(is_open[:, index])
-            probabilities.append(current[:, index])
-            if num_open[index] == len(hidden):
-                hidden, current = hidden + run(hidden, mask), None
-            elif num_open[index]:
-                windows = is_open[:, index].nonzero()[:, 0]
-                added = run(hidden[windows], mask[windows]).to(hidden.dtype)
-                hidden, current = hidden.index_add(0, windows, added), None
-        return hidden, torch.stack(gates, -1).to(hidden.dtype), torch.stack(probabilities, -1)
+        asked: list[torch.Tensor] = []
+        steps, runs = self._averaging(mask, hidden.dtype), self._modules_in_order()
+        index = 0
+        while index < MODULES_PER_LAYER:
+            current = self._gate_logits(hidden, steps).softmax(-1)[..., 0]
+            is_open = current > threshold
+            num_open = is_open.sum(0).tolist()
+            # The next gate that is open for any window; the states are what they were for all gates before it.
+            chosen = next((i for i in range(index, MODULES_PER_LAYER) if num_open[i]), MODULES_PER_LAYER)
+            asked.append(current[:, index : chosen + 1])
+            if chosen < MODULES_PER_LAYER and num_open[chosen] == len(hidden):
+                hidden = hidden + runs[chosen](hidden, mask)
+            elif chosen < MODULES_PER_LAYER:
+                windows = is_open[:, chosen].nonzero()[:, 0]
+                hidden = hidden.index_add(0, windows, runs[chosen](hidden[windows], mask[windows]).to(hidden.dtype))
+            index = chosen + 1
+        probabilities = torch.cat(asked, -1)
+        return hidden, (probabilities > threshold).to(hidden.dtype), probabilities

@@ -1,4 +1,6 @@
-"""What the gated conformer's heads learn: whether, which and where."""
+"""What the gated conformer's heads learn, whether, which and where, and what its gates do: how little is enough."""
+
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -53,6 +55,35 @@ def keyword_losses(
         "classification_loss": _mean(F.cross_entropy(classes, labels[has_keyword], reduction="none")),
         "localization_loss": _mean(distances.sum(-1)),
     }
+
+
+def expected_work(
+    output: GatedConformerOutput,
+    labels: torch.Tensor,
+    macs: Sequence[int] | None = None,
+    noise_factor: float = 1.0,
+) -> torch.Tensor:
+    """
+    The loss of the gates: the share of the modules' work that they let through, by their probabilities.
+
+    Args:
+        output ([`GatedConformerOutput`]):
+            The probabilities of each window's gates.
+        labels (`torch.Tensor` of shape `(batch_size, num_windows)`):
+            As [`GatedConformerForKeywordDetection`] takes them.
+        macs (`Sequence[int]`, *optional*):
+            Work of each module; the same for all by default, as in the paper.
+        noise_factor (`float`, *optional*, defaults to `1.0`):
+            How many times as much a window without a keyword counts.
+
+    Returns:
+        `torch.Tensor` of shape `()`: a mean over windows.
+    """
+    probabilities = output.gate_probabilities[output.window_mask].float()
+    work = probabilities.new_ones(probabilities.shape[-1]) if macs is None else probabilities.new_tensor(macs)
+    shares = probabilities @ (work / work.sum())
+    has_keyword = _of_windows("labels", labels, output.window_mask) >= 0
+    return _mean(shares.where(has_keyword, noise_factor * shares))
 
 
 def _of_windows(name: str, values: torch.Tensor, mask: torch.Tensor, *sizes: int) -> torch.Tensor:

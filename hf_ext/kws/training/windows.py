@@ -1,7 +1,9 @@
 """Windows of background, with a keyword at a known place or without one."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -40,6 +42,80 @@ def speech_interval(clip: torch.Tensor, sampling_rate: int = 16000, range_db: fl
     loud = (power >= power.max() * 10 ** (-range_db / 10)).nonzero()[:, 0]
     start, end = int(loud[0]) * (size // 2) - size, int(loud[-1]) * (size // 2) + 2 * size
     return max(start, 0), min(end, len(clip))
+
+
+def hold_out(
+    rows: Sequence[Mapping[str, Any]], by: str = "speaker", share: float = 0.1, seed: int = 0
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """
+    Rows to train on, and rows to evaluate on that share no speaker with them (or nothing else that a column tells).
+
+    Args:
+        rows (`Sequence[Mapping]`):
+            As [`load_utterances`] gives them.
+        by (`str`, *optional*, defaults to `"speaker"`):
+            The column whose values are kept apart; `"audio"` keeps apart clips alone.
+        share (`float`, *optional*, defaults to `0.1`):
+            Of the values that are held out; at least one is.
+        seed (`int`, *optional*, defaults to `0`):
+            Of which.
+
+    Returns:
+        `tuple[list, list]`: the rows to train on and those that are held out.
+
+    Raises:
+        ValueError: if a row lacks the column, or all have the same value.
+
+    Example:
+
+    ```python
+    >>> from hf_ext import hold_out
+
+    >>> rows = [{"text": "yes", "speaker": str(i % 5)} for i in range(20)]
+    >>> train, held_out = hold_out(rows)
+    >>> len(train), len(held_out)
+    (16, 4)
+    ```
+    """
+    lacking = sum(by not in row for row in rows)
+    if lacking:
+        raise ValueError(f"{lacking} of the {len(rows)} `rows` lack {by!r}, what `by` holds them out by.")
+    values = sorted({row[by] for row in rows})
+    if len(values) < 2:
+        raise ValueError(f"All `rows` have the same {by!r} ({values}): nothing can be held out by it.")
+    chosen = set(Random(seed).sample(values, max(1, int(share * len(values)))))
+    return [row for row in rows if row[by] not in chosen], [row for row in rows if row[by] in chosen]
+
+
+def load_noises(
+    folder: str | os.PathLike[str], sampling_rate: int = 16000, train_share: float = 0.8
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """
+    Recordings of background, each cut in two: what training mixes in, and what it never hears.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            A folder of WAV, FLAC or Ogg files.
+        sampling_rate (`int`, *optional*, defaults to `16000`):
+            In hertz; other rates are resampled and channels averaged.
+        train_share (`float`, *optional*, defaults to `0.8`):
+            Of each recording, from its beginning.
+
+    Returns:
+        `tuple[list[torch.Tensor], list[torch.Tensor]]`: the beginnings and the ends, of shape `(num_samples,)` each.
+
+    Raises:
+        FileNotFoundError: if there is no recording.
+    """
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in (".wav", ".flac", ".ogg"))
+    if not paths:
+        raise FileNotFoundError(f"`folder` ({folder}) has no recordings (.wav, .flac or .ogg).")
+    noises = [read_audio({"audio": path}, sampling_rate) for path in paths]
+    cuts = [int(train_share * len(noise)) for noise in noises]
+    return (
+        [noise[:cut] for noise, cut in zip(noises, cuts, strict=True)],
+        [noise[cut:] for noise, cut in zip(noises, cuts, strict=True)],
+    )
 
 
 class KwsWindowDataset(Dataset):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForAudioClassification
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
 from conftest import REPOSITORY
+from hf_ext import KwsWindowDataCollator, KwsWindowDataset
 
 
 soundfile = pytest.importorskip("soundfile")
@@ -94,22 +95,29 @@ def test_gates_are_left_as_they_are_until_they_are_asked(recipe, folders, tmp_pa
     assert all((layer.gates.weight != 0).any() for layer in model.layers)
 
 
-def test_speakers_are_kept_apart(recipe):
-    rows = [{"audio": str(i), "speaker": str(i % 30), "text": "yes"} for i in range(90)]
-    train, held_out = recipe.split_clips(rows, "speaker", seed=0)
-    assert len(held_out) == 9 and not {row["speaker"] for row in train} & {row["speaker"] for row in held_out}
-    assert len(recipe.split_clips(rows, "clip", seed=0)[1]) == 9
+def test_windows_that_are_kept_are_computed_once(recipe, folders, tmp_path):
+    run(recipe, folders, tmp_path, kept_windows=3)
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path)
+    clip = {"array": np.random.default_rng(0).normal(size=6_000) / 10, "sampling_rate": 16_000}
+    windows = KwsWindowDataset([{"audio": clip, "text": "yes"}], [torch.randn(40_000)], {"yes": 0}, num_windows=3)
+    collator = KwsWindowDataCollator(extractor)
+    kept = recipe.KeptWindows(windows, collator)
+    rows = [kept[i] for i in range(3)]
+    assert all(kept[i] is rows[i] for i in range(3)) and len(kept) == 3
+    ours, expected = recipe.joined(rows), collator(list(windows))
+    assert set(ours) == set(expected)
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name])
+
+
+def test_clips_that_are_only_trained_on(recipe, folders, tmp_path, capsys):
+    run(recipe, folders, tmp_path, more_data=folders[0])
+    assert "22 clips to train on, 2 to evaluate on" in capsys.readouterr().out
 
 
 def test_a_small_setting_gives_way_to_what_is_given(recipe):
     words = ["--data", "clips", "--noise", "noise", "--small", "--use_cpu", "True"]
     _, small = recipe.read_arguments(words)
     _, changed = recipe.read_arguments([*words, "--max_steps", "7"])
-    assert (small.max_steps, changed.max_steps) == (3_000, 7)
-    assert changed.ungated_steps == small.ungated_steps == 700
-
-
-def test_noise_at_another_rate_is_refused_by_name(recipe, tmp_path):
-    soundfile.write(tmp_path / "fan.wav", np.zeros(800), 8_000)
-    with pytest.raises(ValueError, match=r"fan\.wav is at 8000 Hz"):
-        recipe.load_noises(tmp_path)
+    assert (small.max_steps, changed.max_steps) == (recipe.SMALL["max_steps"], 7)
+    assert changed.ungated_steps == small.ungated_steps == recipe.SMALL["ungated_steps"]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ext import KwsFeatureExtractor, KwsWindowDataCollator, KwsWindowDataset
+from hf_ext import KwsFeatureExtractor, KwsWindowDataCollator, KwsWindowDataset, hold_out, load_noises
 from hf_ext.kws.training.windows import speech_interval
 
 
@@ -73,6 +73,42 @@ class TestWindows:
         assert batch["input_features"].shape == (6, 120, 40)
         assert batch["labels"].tolist() == [window["label"] for window in data]
         assert ((batch["location_targets"][:, 1] > 0) == (batch["labels"] >= 0)).all()
+
+
+class TestHoldingOut:
+    def test_speakers_are_kept_apart(self):
+        rows = [{"audio": str(i), "speaker": str(i % 30), "text": "yes"} for i in range(90)]
+        train, held_out = hold_out(rows)
+        assert len(held_out) == 9 and len(train) == 81
+        assert not {row["speaker"] for row in train} & {row["speaker"] for row in held_out}
+        assert len(hold_out(rows, by="audio", share=0.2)[1]) == 18
+        assert hold_out(rows, seed=1)[1] != held_out == hold_out(rows)[1]
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ([{"speaker": "a"}, {"text": "yes"}], "1 of the 2 `rows` lack 'speaker'"),
+            ([{"speaker": "a"}] * 2, r"the same 'speaker' \(\['a'\]\)"),
+        ],
+    )
+    def test_rows_that_cannot_be_are_refused(self, rows, message):
+        with pytest.raises(ValueError, match=message):
+            hold_out(rows)
+
+    def test_noises_are_cut_in_two(self, tmp_path):
+        soundfile = pytest.importorskip("soundfile")
+        ramp = np.linspace(-0.5, 0.5, 1600)
+        soundfile.write(tmp_path / "b.wav", ramp, 16_000, subtype="FLOAT")
+        soundfile.write(tmp_path / "a.wav", np.zeros((800, 2)), 8_000)
+        (tmp_path / "README.md").write_text("no recording")
+        first, rest = load_noises(tmp_path, train_share=0.75)
+        # In the order of the names, and all at one rate.
+        assert [len(noise) for noise in first] == [1200, 1200] and [len(noise) for noise in rest] == [400, 400]
+        torch.testing.assert_close(torch.cat([first[1], rest[1]]), torch.from_numpy(ramp).float())
+
+    def test_a_folder_without_recordings_is_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="has no recordings"):
+            load_noises(tmp_path)
 
 
 class TestBadInput:
