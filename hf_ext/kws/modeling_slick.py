@@ -15,6 +15,10 @@ from .modeling_kws_ctc_score import ctc_phrase_scores
 from .modeling_kws_outputs import KeywordSpottingOutput, KwsAudioFeatures, KwsTextFeatures
 
 
+# Below what any phrase costs in a clip that is long enough for it.
+_LEAST_READING = -10.0
+
+
 class SlickMatcher(nn.Module):
     """Attention of phonemes over frames."""
 
@@ -155,7 +159,21 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
         self.matcher = SlickMatcher(config)
         self.head = SlickFlattenHead(config) if config.head_type == "flatten" else SlickSharedHead(config)
         self.ctc_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.register_buffer("cohort", torch.zeros(config.cohort_size, config.max_phonemes, dtype=torch.long))
         self.post_init()
+
+    def set_cohort(self, keyword_ids: torch.Tensor) -> None:
+        """
+        Phrases that nobody asks for, to compare the reading of a phrase with (`cohort_score_weight`). They are saved with the
+        model.
+
+        Args:
+            keyword_ids (`torch.Tensor` of shape `(num_phrases, num_phonemes)`):
+                Their phonemes, padded on the right. A hundred common words of three to six phonemes do.
+        """
+        ids, _ = self._padded_phrases(keyword_ids, None)
+        self.cohort = ids.to(self.ctc_head.weight.device)
+        self.config.cohort_size = len(ids)
 
     def get_audio_features(
         self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -294,7 +312,13 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
                     "`text` has no `keyword_ids`, which the CTC layer needs: take what `get_text_features` returned."
                 )
             log_probs = self.ctc_head(audio.last_hidden_state).float().log_softmax(-1)
-            odds = odds + self.config.ctc_score_weight * ctc_phrase_scores(log_probs, audio.attention_mask, ids, mask)
+            reading = ctc_phrase_scores(log_probs, audio.attention_mask, ids, mask)
+            if self.config.cohort_size:
+                others = ctc_phrase_scores(log_probs, audio.attention_mask, self.cohort, self.cohort > 0)
+                best = others.topk(-(-self.config.cohort_size // 4)).values.mean(-1, keepdim=True)
+                # A clip too short for any of them says nothing.
+                reading = reading - self.config.cohort_score_weight * best.clamp(min=_LEAST_READING)
+            odds = odds + self.config.ctc_score_weight * reading
         return odds
 
     def _padded_phrases(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -83,3 +83,25 @@ def test_score_and_forward_weigh_matcher_and_reading_alike(head_type):
     # The loss is the paper's, whatever the weights of the score are.
     expected = torch.nn.functional.binary_cross_entropy_with_logits(by_matcher.diagonal(), torch.ones(3))
     torch.testing.assert_close(output.utterance_loss, expected)
+
+
+def test_cohort_takes_off_what_can_be_read_anywhere(tmp_path):
+    torch.manual_seed(0)
+    config = SlickConfig(
+        hidden_size=16, num_hidden_layers=1, intermediate_size=16, matcher_score_weight=0.0, ctc_score_weight=1.0
+    )
+    model = SlickForKeywordSpotting(config).eval()
+    features, ids, cohort = torch.randn(3, 60, 80), torch.randint(4, 74, (2, 5)), torch.randint(4, 74, (8, 4))
+    audio, text = model.get_audio_features(features), model.get_text_features(ids)
+    alone = model.score(audio, text)
+    theirs = model.score(audio, model.get_text_features(cohort)).topk(2).values.mean(-1, keepdim=True)
+    model.set_cohort(cohort)
+    torch.testing.assert_close(model.score(audio, text), alone - 0.6 * theirs)
+    model.save_pretrained(tmp_path)
+    loaded = SlickForKeywordSpotting.from_pretrained(tmp_path)
+    torch.testing.assert_close(
+        loaded.score(loaded.get_audio_features(features), loaded.get_text_features(ids)), model.score(audio, text)
+    )
+    # In a clip that no phrase of the cohort fits into, a phrase gains nothing worth a detection by it.
+    short = model.get_audio_features(torch.randn(1, 8, 80))
+    assert model.score(short, model.get_text_features(ids)).max() < -100
