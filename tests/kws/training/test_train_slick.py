@@ -84,7 +84,8 @@ def test_what_is_spoken_is_in_the_text_and_none_of_the_evaluation(recipe, clips,
 
 
 def test_both_stages_train_and_what_is_saved_loads(recipe, clips, tmp_path):
-    whole = run(recipe, clips, tmp_path / "whole", eval_folders=clips)
+    score = {"ctc_score_weight": 2.0, "cohort_size": 1}
+    whole = run(recipe, clips, tmp_path / "whole", eval_folders=clips, **score)
     encoder = load_file(tmp_path / "whole" / "encoder" / "model.safetensors")
     # The first stage knows no phrases.
     assert not torch.equal(encoder["encoder.layers.0.norm.weight"], whole["encoder.layers.0.norm.weight"])
@@ -92,11 +93,12 @@ def test_both_stages_train_and_what_is_saved_loads(recipe, clips, tmp_path):
     model = AutoModelForKeywordSpotting.from_pretrained(tmp_path / "whole")
     processor = AutoProcessor.from_pretrained(tmp_path / "whole")
     assert model.config.num_mel_bins == len(processor.feature_extractor.mean)
+    assert model.config.ctc_score_weight == 2 and processor.decode(model.cohort[0, :3]) in ("Y EH1 S", "S T AA1")
 
-    run(recipe, clips, tmp_path / "parts", max_steps=4)
+    run(recipe, clips, tmp_path / "parts", **score)
     for path in (tmp_path / "parts" / "checkpoint-4", tmp_path / "parts" / "model.safetensors"):
         path.rename(tmp_path / path.name)
-    resumed = run(recipe, clips, tmp_path / "parts", resume_from_checkpoint="true")
+    resumed = run(recipe, clips, tmp_path / "parts", resume_from_checkpoint="true", **score)
     torch.testing.assert_close(resumed, whole)
 
 
