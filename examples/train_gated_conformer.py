@@ -7,8 +7,12 @@ noise at known places; other windows are of noise alone:
 
     python examples/train_gated_conformer.py --data path/to/speech_commands --noise path/to/noise --output_dir out/gated
 
+Where recordings are few, clips of the same words that [`synthesize_phrases`] spoke can be trained on too (`--more_data`); all
+figures are of recordings of people.
+
 First every module runs, then the gates are asked, and a loss on the share of modules that run closes those that the task
-can spare. At the end it prints how accurate the model is with and without its gates, how much of the gated work it skips
+can spare. Windows without a word can count more in that loss (`--gate_noise_factor`), since training has far fewer of them
+than a day has. At the end it prints how accurate the model is with and without its gates, how much of the gated work it skips
 where a word is and where none is, and the time that a window takes.
 
 The schedule is a guess at one for LibriSpeech or Speech Commands and a GPU, since the paper's is not known; `--small` is a
@@ -54,10 +58,10 @@ SMALL = {
     "per_device_train_batch_size": 64,
     "max_steps": 1_800,
     "ungated_steps": 900,
-    "gate_ramp_steps": 100,
-    "gate_loss_weight": 0.3,
+    "gate_ramp_steps": 0,
+    "gate_loss_weight": 0.6,
     "gate_cost": "macs",
-    "gate_noise_factor": 5.0,
+    "gate_noise_factor": 6.0,
     "gate_open_probability": 0.85,
     "learning_rate": 3e-3,
     "warmup_steps": 50,
