@@ -41,6 +41,7 @@ class Arguments:
     num_windows: int = field(default=2_000, metadata={"help": "Windows that are evaluated."})
     num_timed_windows: int = field(default=200, metadata={"help": "Windows whose time is taken."})
     seed: int = field(default=42, metadata={"help": "The seed of the training."})
+    note: str = field(default="", metadata={"help": "How the models came about, for the table's note."})
     name: str = field(default="gated_conformer", metadata={"help": "Name of the results."})
     results_dir: str | None = field(default=None, metadata={"help": "Where the results go."})
 
@@ -129,6 +130,7 @@ def main(args: Arguments) -> None:
     )
     if chosen in results:
         note += " " + aims_missed(results[chosen], times[chosen], base, times["trained without gates"])
+    note = f"{note} {args.note}".strip()
     tables = [Table("Against no gates", columns, [row(name) for name in contenders], note)]
     counts = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     data = {"figures": results, "milliseconds": times, "windows": counts}
