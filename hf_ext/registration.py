@@ -145,15 +145,14 @@ def _add_pipeline(_: ModuleType) -> None:
     if pipeline_class is None or _KWS_TASK in registry.supported_tasks:
         return
 
-    from hf_ext.assets import shipped_model, shipped_models
+    from hf_ext.assets import shipped_model
     from hf_ext.kws.modeling_auto import AutoModelForKeywordSpotting
 
-    there = _KWS_DEFAULT_MODEL in shipped_models()
     registry.register_pipeline(
         _KWS_TASK,
         pipeline_class=pipeline_class,
         pt_model=AutoModelForKeywordSpotting,
-        default={"model": (shipped_model(_KWS_DEFAULT_MODEL), "main")} if there else None,
+        default={"model": (shipped_model(_KWS_DEFAULT_MODEL), "main")},
         type="multimodal",
     )
     # Saving would take it for code to put beside the model, and loading what was saved then ask for `trust_remote_code`.

@@ -127,7 +127,8 @@ def measured(folder: str, spotter: Any, words: list[str], near: Any, args: Detec
     clip = np.concatenate([np.full(len(row), i) for i, row in enumerate(kinds)])
     found = []
     for name in dict.fromkeys(kind[kind != ""]):
-        chosen = (kind == "") | (kind == name)
+        # Clips without such a negative have no part in the figure.
+        chosen = ((kind == "") | (kind == name)) & np.isin(clip, clip[kind == name])
         labels = (kind[chosen] == "").astype(int)
         own = flat[chosen, 2]
         low, high = bootstrap_interval(

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 import hf_ext
-from hf_ext import KwsFeatureExtractor, KwsTrialDataset, load_utterances, shipped_model, synthesize_phrases
+from hf_ext import KwsFeatureExtractor, KwsTrialDataset, load_utterances, synthesize_phrases
 from hf_ext._extras import missing_extra
 from hf_ext.cli.charts import HeatMap
 from hf_ext.cli.compare import describe_machine, progress_bar
@@ -40,19 +40,14 @@ def keyword_spotting_section(options: DemoOptions, console: Console) -> tuple[Se
 
     Returns:
         `Section` and `dict[str, str]`: the section, and the machine that its times were taken on. `None` if it is not wanted,
-        and, with a note on the console, where there is no model or no package that reads audio.
+        and, with a note on the console, where there is no package that reads audio.
     """
     if not options.speech:
         return None
     try:
-        if options.kws_model is None:
-            shipped_model("slick-small")
         with console.status("Loading the model"), tempfile.TemporaryDirectory() as folder:
             spotter = load_spotter(options.kws_model, options.device)
             clips = _clips(Path(folder))
-    except ValueError as error:
-        _leave_out(str(error), console)
-        return None
     except ModuleNotFoundError as error:
         replacement = missing_extra(error, needed_by="Reading audio")
         if replacement is None:

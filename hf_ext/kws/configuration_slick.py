@@ -47,7 +47,7 @@ class SlickConfig(PreTrainedConfig):
             reading the phrase in the output of the CTC layer ([`ctc_phrase_scores`]) times the second, and the bias. The
             paper leaves the CTC layer out at inference; on recordings unlike the training data it knows more than the
             matcher. The weights change no loss: they are set after training.
-        cohort_size (`int`, *optional*, defaults to `0`), cohort_score_weight (`float`, *optional*, defaults to `0.6`):
+        cohort_size (`int`, *optional*, defaults to `0`), cohort_score_weight (`float`, *optional*, defaults to `0.45`):
             How many phrases that nobody asks for are read as well ([`~SlickForKeywordSpotting.set_cohort`]), and how much of
             what the best quarter of them reaches is subtracted from a phrase's own reading. In a noisy clip anything can be
             read a little; this is the T-norm of speaker verification ([Auckenthaler et al.,
@@ -97,7 +97,7 @@ class SlickConfig(PreTrainedConfig):
     ctc_score_weight: float | int = 0.0
     score_bias: float | int = 0.0
     cohort_size: int = 0
-    cohort_score_weight: float | int = 0.6
+    cohort_score_weight: float | int = 0.45
     utterance_loss_weight: float | int = 2.0
     prefix_loss_weight: float | int = 1.0
     ctc_loss_weight: float | int = 5.0

@@ -15,7 +15,6 @@ from hf_ext import (
     KwsProcessor,
     SlickConfig,
     SlickForKeywordSpotting,
-    assets,
 )
 from hf_ext.cli import app, demo_kws
 from hf_ext.cli.charts import Raster
@@ -351,14 +350,6 @@ class TestDemo:
         figures = json.loads((tmp_path / "demo" / "results.json").read_text())["kws"]
         assert [clip["said"] for clip in figures["clips"]][:2] == ["computer", "alexa"]
         assert all(set(clip["scores"]) == set(figures["phrases"]) for clip in figures["clips"])
-
-    def test_without_a_model_it_is_left_out_with_a_note(self, small, tmp_path, monkeypatch):
-        (tmp_path / "assets").mkdir()
-        monkeypatch.setattr(assets, "_folder", lambda: tmp_path / "assets")
-        outcome = invoke(*small)
-        assert outcome.exit_code == 0, outcome.output
-        assert "Keyword spotting is left out: no model 'slick-small'" in outcome.output
-        assert not (tmp_path / "demo" / "kws.png").exists()
 
     def test_every_clip_of_the_package_has_its_licence(self):
         rows = demo_kws.load_utterances(demo_kws._CLIPS)

@@ -96,7 +96,7 @@ def test_cohort_takes_off_what_can_be_read_anywhere(tmp_path):
     alone = model.score(audio, text)
     theirs = model.score(audio, model.get_text_features(cohort)).topk(2).values.mean(-1, keepdim=True)
     model.set_cohort(cohort)
-    torch.testing.assert_close(model.score(audio, text), alone - 0.6 * theirs)
+    torch.testing.assert_close(model.score(audio, text), alone - 0.45 * theirs)
     model.save_pretrained(tmp_path)
     loaded = SlickForKeywordSpotting.from_pretrained(tmp_path)
     torch.testing.assert_close(
