@@ -86,7 +86,7 @@ def measure(name: str, args: CostArguments) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "features_ms": median_ms(lambda: extractor(clip, sampling_rate=16000, return_tensors="pt"), args.repeats),
     }
-    if hasattr(model, "get_audio_features"):
+    if hasattr(model, "get_text_features"):
         tokens = KwsProcessor(extractor)(text=["hey computer"], return_tensors="pt")
         text = model.get_text_features(tokens["keyword_ids"], tokens["keyword_attention_mask"])
         audio = model.get_audio_features(**inputs)

@@ -127,7 +127,8 @@ class KwsPairDataset(KwsTrialDataset):
     Example:
 
     ```python
-    >>>     >>> from hf_ext import KwsPairDataset
+    >>> import numpy as np
+    >>> from hf_ext import KwsPairDataset
 
     >>> clip = {"array": np.zeros(16000, dtype=np.float32), "sampling_rate": 16000}
     >>> utterances = [{"audio": clip, "text": text} for text in ("lights on", "lights off", "play music")]
@@ -262,7 +263,8 @@ class KwsDataCollator:
     Example:
 
     ```python
-    >>>     >>> from hf_ext import KwsDataCollator, KwsPairDataset, KwsProcessor
+    >>> import numpy as np
+    >>> from hf_ext import KwsDataCollator, KwsPairDataset, KwsProcessor
 
     >>> clip = {"array": np.zeros(16000, dtype=np.float32), "sampling_rate": 16000}
     >>> pairs = KwsPairDataset([{"audio": clip, "text": text} for text in ("yes", "no")], every_kind=True)
