@@ -4,9 +4,10 @@ Trains SLiCK on synthesised speech: words and phrases of a text, and words that 
 First the encoder learns phonemes of clean clips (`encoder` in the output folder), then all of the model the three tasks of the
 paper on clips in rooms, noise and silence. Changed clips from the start would take several times as many steps.
 
-The synthesisers are Debian's (`apt-get install -y espeak-ng mbrola mbrola-us1 mbrola-us2 mbrola-us3 mbrola-en1 flite`, and
-from its non-free part `libttspico-utils`; further MBROLA voices give further accents). `--small` is the setting of the
-model that the package ships, one and a half hours on two cores; without it the settings are those of the paper's
+The synthesisers are Debian's: `apt-get install -y espeak-ng flite mbrola libttspico-utils mbrola-us1 mbrola-us2 mbrola-us3
+mbrola-en1`, some of them in its non-free part. The shipped model heard English with the accents of further voices too:
+`mbrola-{af1,de1,de2,de3,de4,de5,de6,fr1,fr4,gr2,hu1,nl2,pl1,ro1,sw1,sw2}`. `--small` with `--seed 0` is its setting, about three
+quarters of an hour on two cores; without it the settings are those of the paper's
 re-implementation (50,000 steps of 1,024 pairs), for a GPU and much more speech, such as LibriPhrase (`build_libriphrase`):
 
     python examples/train_slick.py --small --text_files text/*.txt --noise noise --eval_folders speech_commands wake_words
@@ -46,7 +47,7 @@ from hf_ext import (
 )
 
 
-# What two cores train in an hour and a half.
+# What two cores train in half an hour.
 SMALL = {
     "encoder_steps": 1_200,
     "max_steps": 3_200,
