@@ -73,6 +73,7 @@ _AUTO_CLASSES = {
 # module of ours that several families are made of: none can be imported from within its import.
 _NEEDED_WHOLE = {
     "hf_ext.kws.modeling_kws_conformer": "phoneme_ctc_loss",
+    "hf_ext.kws.modeling_kws_base": "TextDefinedKwsPreTrainedModel",
     "transformers.modeling_layers": "GradientCheckpointingLayer",
     "transformers.modeling_utils": "PreTrainedModel",
     "transformers.generation.utils": "GenerationMixin",

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from .configuration_ced import CedConfig
 from .modeling_ced_table import NUM_SPECIAL, CedPhonemeTable, are_recognised, mean_states_of_runs
-from .modeling_kws_conformer import KwsConformerAttention, KwsConformerEncoder, phoneme_ctc_loss
+from .modeling_kws_base import TextDefinedKwsPreTrainedModel
+from .modeling_kws_conformer import KwsConformerEncoder, phoneme_ctc_loss
 from .modeling_kws_outputs import KeywordSpottingOutput, KwsAudioFeatures, KwsTextFeatures
 from .modeling_kws_partition import dynamic_partition
 
@@ -52,29 +52,17 @@ class CedVerifier(nn.Module):
         return self.score(F.relu(self.hidden(state))).unflatten(0, pairs).squeeze(-1)
 
 
-class CedPreTrainedModel(PreTrainedModel):
+class CedPreTrainedModel(TextDefinedKwsPreTrainedModel):
     config: CedConfig
     base_model_prefix = "ced"
-    main_input_name = "input_features"
-    input_modalities = ("audio", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["KwsConformerLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:
-        # The usual 0.02 of language models would leave layers this narrow nearly silent.
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.GRU):
+        if isinstance(module, nn.GRU):
             for name, weight in module.named_parameters():
                 fill = init.zeros_ if "bias" in name else init.xavier_uniform_
                 fill(weight)
         elif isinstance(module, CedPhonemeTable):
             init.normal_(module.vectors)
-        elif isinstance(module, KwsConformerAttention):
-            init.zeros_(module.content_bias)
-            init.zeros_(module.position_bias)
         else:
             super()._init_weights(module)
 
@@ -138,24 +126,6 @@ class CedForKeywordSpotting(CedPreTrainedModel):
         """Leaves encoder and CTC head as they are from now on, also in whatever is loaded from this model's folder."""
         self.config.freeze_encoder = True
         self.train(self.training)
-
-    def get_audio_features(
-        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> KwsAudioFeatures:
-        """
-        Clips, encoded once for any number of phrases.
-
-        Args:
-            input_features (`torch.Tensor` of shape `(batch_size, num_frames, num_mel_bins)`):
-                Features of the clips.
-            attention_mask (`torch.Tensor` of shape `(batch_size, num_frames)`, *optional*):
-                1 for frames that are no padding.
-
-        Returns:
-            [`KwsAudioFeatures`]
-        """
-        hidden, mask = self.encoder(input_features, attention_mask)
-        return KwsAudioFeatures(last_hidden_state=hidden, attention_mask=mask)
 
     def get_text_features(
         self, keyword_ids: torch.Tensor, keyword_attention_mask: torch.Tensor | None = None
@@ -232,14 +202,8 @@ class CedForKeywordSpotting(CedPreTrainedModel):
         audio = self.get_audio_features(input_features, attention_mask)
         logits = ctc_logits = None
         losses: dict[str, torch.Tensor] = {}
-        if keyword_ids is None and labels is not None:
-            raise ValueError("`labels` say whether a clip holds a phrase: `keyword_ids` are missing.")
+        self._check_pairs(input_features, keyword_ids, labels)
         if keyword_ids is not None:
-            if len(keyword_ids) != len(input_features):
-                raise ValueError(
-                    f"There are {len(keyword_ids)} phrases in `keyword_ids` for {len(input_features)} clips. To match each "
-                    "clip with each phrase, use `score`."
-                )
             text = self.get_text_features(keyword_ids, keyword_attention_mask)
             pairs = self._verify(audio, text.last_hidden_state[:, None], text.attention_mask[:, None])
             logits, possible = (part[:, 0] for part in pairs)
@@ -249,14 +213,7 @@ class CedForKeywordSpotting(CedPreTrainedModel):
         if phoneme_labels is not None:
             ctc_logits = self.ctc_head(audio.last_hidden_state)
             losses["ctc_loss"] = phoneme_ctc_loss(ctc_logits, audio.attention_mask, phoneme_labels)
-        weighted = [getattr(self.config, f"{name}_weight") * loss for name, loss in losses.items()]
-        return KeywordSpottingOutput(
-            loss=torch.stack(weighted).sum() if weighted else None,
-            logits=logits,
-            ctc_logits=ctc_logits,
-            audio_features=audio,
-            **losses,
-        )
+        return self._output(losses, logits=logits, ctc_logits=ctc_logits, audio_features=audio)
 
     def _verify(
         self, audio: KwsAudioFeatures, phonemes: torch.Tensor, mask: torch.Tensor

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from .configuration_dsp_kws import DspKwsConfig
-from .modeling_kws_conformer import KwsConformerAttention, KwsConformerEncoder, KwsConformerLayer, phoneme_ctc_loss
+from .modeling_kws_base import TextDefinedKwsPreTrainedModel
+from .modeling_kws_conformer import KwsConformerEncoder, KwsConformerLayer, phoneme_ctc_loss
 from .modeling_kws_contrastive import contrastive_loss, said_phrases
 from .modeling_kws_outputs import KeywordSpottingOutput, KwsAudioFeatures, KwsTextFeatures
 from .modeling_kws_partition import dynamic_mean_partition, dynamic_partition, equal_partition
@@ -37,26 +38,14 @@ class DspPhonemeEncoder(nn.Module):
         return hidden
 
 
-class DspKwsPreTrainedModel(PreTrainedModel):
+class DspKwsPreTrainedModel(TextDefinedKwsPreTrainedModel):
     config: DspKwsConfig
     base_model_prefix = "dsp_kws"
-    main_input_name = "input_features"
-    input_modalities = ("audio", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["KwsConformerLayer"]
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        # The usual 0.02 of language models would leave layers this narrow nearly silent.
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding):
             init.normal_(module.weight)
-        elif isinstance(module, KwsConformerAttention):
-            init.zeros_(module.content_bias)
-            init.zeros_(module.position_bias)
         elif isinstance(module, DspForKeywordSpotting):
             init.constant_(module.log_scale, math.log(_INITIAL_SCALE))
             init.zeros_(module.bias)
@@ -280,14 +269,8 @@ class DspForKeywordSpotting(DspKwsPreTrainedModel):
         audio = KwsAudioFeatures(last_hidden_state=self._project_audio(hidden), attention_mask=frame_mask)
         logits = ctc_logits = None
         losses: dict[str, torch.Tensor] = {}
-        if keyword_ids is None and labels is not None:
-            raise ValueError("`labels` say whether a clip holds a phrase: `keyword_ids` are missing.")
+        self._check_pairs(input_features, keyword_ids, labels)
         if keyword_ids is not None:
-            if len(keyword_ids) != len(input_features):
-                raise ValueError(
-                    f"There are {len(keyword_ids)} phrases in `keyword_ids` for {len(input_features)} clips. To match each "
-                    "clip with each phrase, use `score`."
-                )
             text = self.get_text_features(keyword_ids, keyword_attention_mask, keyword_word_ids)
             units, unit_mask = text.last_hidden_state, text.attention_mask
             if labels is None:
@@ -301,14 +284,7 @@ class DspForKeywordSpotting(DspKwsPreTrainedModel):
         if phoneme_labels is not None:
             ctc_logits = self.ctc_head(hidden)
             losses["ctc_loss"] = phoneme_ctc_loss(ctc_logits, frame_mask, phoneme_labels)
-        weighted = [getattr(self.config, f"{name}_weight") * loss for name, loss in losses.items()]
-        return KeywordSpottingOutput(
-            loss=torch.stack(weighted).sum() if weighted else None,
-            logits=logits,
-            ctc_logits=ctc_logits,
-            audio_features=audio,
-            **losses,
-        )
+        return self._output(losses, logits=logits, ctc_logits=ctc_logits, audio_features=audio)
 
     def train(self, mode: bool = True) -> "DspForKeywordSpotting":
         super().train(mode)

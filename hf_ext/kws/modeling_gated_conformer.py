@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
@@ -28,15 +27,12 @@ from .modeling_gated_conformer_outputs import (
     GatedConformerStreamState,
     without_repeats,
 )
-from .modeling_kws_conformer import KwsConformerAttention
+from .modeling_kws_base import KwsPreTrainedModel
 
 
-class GatedConformerPreTrainedModel(PreTrainedModel):
+class GatedConformerPreTrainedModel(KwsPreTrainedModel):
     config: GatedConformerConfig
     base_model_prefix = "gated_conformer"
-    main_input_name = "input_features"
-    input_modalities = ("audio",)
-    supports_gradient_checkpointing = True
     # The loss is a mean over the batch: the Trainer divides it among the steps that it accumulates.
     accepts_loss_kwargs = False
     _no_split_modules = ["GatedConformerLayer"]
@@ -47,14 +43,6 @@ class GatedConformerPreTrainedModel(PreTrainedModel):
             odds = math.log(self.config.gate_open_probability / (1 - self.config.gate_open_probability))
             init.zeros_(module.weight)
             init.copy_(module.bias, torch.tensor([odds / 2, -odds / 2] * MODULES_PER_LAYER))
-        elif isinstance(module, (nn.Linear, nn.Conv1d)):
-            # The usual 0.02 of language models would leave layers this narrow nearly silent.
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, KwsConformerAttention):
-            init.zeros_(module.content_bias)
-            init.zeros_(module.position_bias)
         else:
             super()._init_weights(module)
 

@@ -4,37 +4,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import can_return_tuple
 
 from .configuration_kws_conformer import KwsConformerConfig
-from .modeling_kws_conformer import KwsConformerAttention, KwsConformerEncoder, phoneme_ctc_loss
+from .modeling_kws_base import KwsPreTrainedModel
+from .modeling_kws_conformer import KwsConformerEncoder, phoneme_ctc_loss
 from .modeling_kws_outputs import KwsAudioFeatures
 
 
-class KwsConformerPreTrainedModel(PreTrainedModel):
+class KwsConformerPreTrainedModel(KwsPreTrainedModel):
     config: KwsConformerConfig
     base_model_prefix = "kws_conformer"
-    main_input_name = "input_features"
-    input_modalities = ("audio",)
-    supports_gradient_checkpointing = True
     # The loss is a mean over the batch: the Trainer divides it among the steps that it accumulates.
     accepts_loss_kwargs = False
-    _no_split_modules = ["KwsConformerLayer"]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        # As in the models that take the encoder over: the usual 0.02 would leave layers this narrow nearly silent.
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, KwsConformerAttention):
-            init.zeros_(module.content_bias)
-            init.zeros_(module.position_bias)
-        else:
-            super()._init_weights(module)
 
 
 class KwsConformerForCTC(KwsConformerPreTrainedModel):

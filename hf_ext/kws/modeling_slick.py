@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from .configuration_slick import SlickConfig
-from .modeling_kws_conformer import KwsConformerAttention, KwsConformerEncoder, phoneme_ctc_loss, sinusoids
+from .modeling_kws_base import TextDefinedKwsPreTrainedModel
+from .modeling_kws_conformer import KwsConformerEncoder, phoneme_ctc_loss, sinusoids
 from .modeling_kws_ctc_score import ctc_phrase_scores
 from .modeling_kws_outputs import KeywordSpottingOutput, KwsAudioFeatures, KwsTextFeatures
 
@@ -93,27 +93,15 @@ class SlickSharedHead(nn.Module):
         return scores.cumsum(-1) / mask.cumsum(-1).clamp(min=1)
 
 
-class SlickPreTrainedModel(PreTrainedModel):
+class SlickPreTrainedModel(TextDefinedKwsPreTrainedModel):
     config: SlickConfig
     base_model_prefix = "slick"
-    main_input_name = "input_features"
-    input_modalities = ("audio", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["KwsConformerLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:
-        # The usual 0.02 of language models would leave layers this narrow nearly silent.
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding):
             init.normal_(module.weight)
             # The vector of the padding is trained with the others, and begins as nothing.
             init.zeros_(module.weight[0])
-        elif isinstance(module, KwsConformerAttention):
-            init.zeros_(module.content_bias)
-            init.zeros_(module.position_bias)
         elif isinstance(module, SlickFlattenHead):
             init.normal_(module.prefix_weight, std=(self.config.hidden_size * self.config.max_phonemes) ** -0.5)
             init.zeros_(module.prefix_bias)
@@ -174,24 +162,6 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
         ids, _ = self._padded_phrases(keyword_ids, None)
         self.cohort = ids.to(self.ctc_head.weight.device)
         self.config.cohort_size = len(ids)
-
-    def get_audio_features(
-        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> KwsAudioFeatures:
-        """
-        Clips, encoded once for any number of phrases.
-
-        Args:
-            input_features (`torch.Tensor` of shape `(batch_size, num_frames, num_mel_bins)`):
-                Features of the clips.
-            attention_mask (`torch.Tensor` of shape `(batch_size, num_frames)`, *optional*):
-                1 for frames that are no padding.
-
-        Returns:
-            [`KwsAudioFeatures`]
-        """
-        hidden, mask = self.encoder(input_features, attention_mask)
-        return KwsAudioFeatures(last_hidden_state=hidden, attention_mask=mask)
 
     def get_text_features(
         self, keyword_ids: torch.Tensor, keyword_attention_mask: torch.Tensor | None = None
@@ -270,14 +240,8 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
         frames, frame_mask = audio
         logits = prefix_logits = ctc_logits = None
         losses: dict[str, torch.Tensor] = {}
-        if keyword_ids is None and labels is not None:
-            raise ValueError("`labels` say whether a clip holds a phrase: `keyword_ids` are missing.")
+        self._check_pairs(input_features, keyword_ids, labels)
         if keyword_ids is not None:
-            if len(keyword_ids) != len(input_features):
-                raise ValueError(
-                    f"There are {len(keyword_ids)} phrases in `keyword_ids` for {len(input_features)} clips. To match each "
-                    "clip with each phrase, use `score`."
-                )
             ids, mask = self._padded_phrases(keyword_ids, keyword_attention_mask)
             matched = self.matcher(self.phoneme_embedding(ids)[:, None], frames, frame_mask)[:, 0]
             matches = self.head(matched, mask)
@@ -291,14 +255,8 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
         if phoneme_labels is not None:
             ctc_logits = self.ctc_head(frames)
             losses["ctc_loss"] = phoneme_ctc_loss(ctc_logits, frame_mask, phoneme_labels)
-        weighted = [getattr(self.config, f"{name}_weight") * loss for name, loss in losses.items()]
-        return KeywordSpottingOutput(
-            loss=torch.stack(weighted).sum() if weighted else None,
-            logits=logits,
-            prefix_logits=prefix_logits,
-            ctc_logits=ctc_logits,
-            audio_features=audio,
-            **losses,
+        return self._output(
+            losses, logits=logits, prefix_logits=prefix_logits, ctc_logits=ctc_logits, audio_features=audio
         )
 
     def _log_odds(

@@ -1,0 +1,69 @@
+"""What the keyword spotting models have in common: how weights begin, and the convention of those that take any phrase."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .modeling_kws_conformer import KwsConformerAttention
+from .modeling_kws_outputs import KeywordSpottingOutput, KwsAudioFeatures
+
+
+class KwsPreTrainedModel(PreTrainedModel):
+    main_input_name = "input_features"
+    input_modalities: tuple[str, ...] = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KwsConformerLayer"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The usual 0.02 of language models would leave layers this narrow nearly silent.
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, KwsConformerAttention):
+            init.zeros_(module.content_bias)
+            init.zeros_(module.position_bias)
+        else:
+            super()._init_weights(module)
+
+
+class TextDefinedKwsPreTrainedModel(KwsPreTrainedModel):
+    input_modalities = ("audio", "text")
+
+    def get_audio_features(
+        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> KwsAudioFeatures:
+        """
+        Clips, encoded once for any number of phrases.
+
+        Args:
+            input_features (`torch.Tensor` of shape `(batch_size, num_frames, num_mel_bins)`):
+                Features of the clips.
+            attention_mask (`torch.Tensor` of shape `(batch_size, num_frames)`, *optional*):
+                1 for frames that are no padding.
+
+        Returns:
+            [`KwsAudioFeatures`]
+        """
+        hidden, mask = self.encoder(input_features, attention_mask)
+        return KwsAudioFeatures(last_hidden_state=hidden, attention_mask=mask)
+
+    def _check_pairs(
+        self, input_features: torch.Tensor, keyword_ids: torch.Tensor | None, labels: torch.Tensor | None
+    ) -> None:
+        if keyword_ids is None and labels is not None:
+            raise ValueError("`labels` say whether a clip holds a phrase: `keyword_ids` are missing.")
+        if keyword_ids is not None and len(keyword_ids) != len(input_features):
+            raise ValueError(
+                f"There are {len(keyword_ids)} phrases in `keyword_ids` for {len(input_features)} clips. To match each "
+                "clip with each phrase, use `score`."
+            )
+
+    def _output(self, losses: dict[str, torch.Tensor], **parts: Any) -> KeywordSpottingOutput:
+        """The losses, weighted and summed if there are any, beside what else there is."""
+        weighted = [getattr(self.config, f"{name}_weight") * loss for name, loss in losses.items()]
+        parts |= losses
+        return KeywordSpottingOutput(loss=torch.stack(weighted).sum() if weighted else None, **parts)
