@@ -33,8 +33,6 @@ from .modeling_kws_base import KwsPreTrainedModel
 class GatedConformerPreTrainedModel(KwsPreTrainedModel):
     config: GatedConformerConfig
     base_model_prefix = "gated_conformer"
-    # The loss is a mean over the batch: the Trainer divides it among the steps that it accumulates.
-    accepts_loss_kwargs = False
     _no_split_modules = ["GatedConformerLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -15,6 +15,8 @@ class KwsPreTrainedModel(PreTrainedModel):
     main_input_name = "input_features"
     input_modalities: tuple[str, ...] = ("audio",)
     supports_gradient_checkpointing = True
+    # The loss is a mean over the batch: the Trainer divides it among the steps that it accumulates.
+    accepts_loss_kwargs = False
     _no_split_modules = ["KwsConformerLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -16,8 +16,6 @@ from .modeling_kws_outputs import KwsAudioFeatures
 class KwsConformerPreTrainedModel(KwsPreTrainedModel):
     config: KwsConformerConfig
     base_model_prefix = "kws_conformer"
-    # The loss is a mean over the batch: the Trainer divides it among the steps that it accumulates.
-    accepts_loss_kwargs = False
 
 
 class KwsConformerForCTC(KwsConformerPreTrainedModel):
