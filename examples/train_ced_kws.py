@@ -40,6 +40,7 @@ from hf_ext import (
     KwsProcessor,
     KwsTrainer,
     KwsTrainingConfig,
+    hold_out,
     load_utterances,
     read_audio,
 )
@@ -120,13 +121,6 @@ class CedTrainingArguments(KwsTrainingConfig):
     report_to: str = field(default="none")
 
 
-def split_by_phrase(rows: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
-    """The clips of nine tenths of the phrases, and those of the others."""
-    phrases = sorted({row["text"] for row in rows})
-    held_out = set(Random(seed).sample(phrases, max(2, len(phrases) // 10)))
-    return [row for row in rows if row["text"] not in held_out], [row for row in rows if row["text"] in held_out]
-
-
 def normalising_extractor(rows: list[dict], num_mel_bins: int, num_clips: int = 200) -> KwsFeatureExtractor:
     """Features of mean 0 and spread 1 in each channel."""
     chosen = Random(0).sample(rows, min(num_clips, len(rows)))
@@ -198,7 +192,7 @@ def main(recipe: RecipeArguments, args: CedTrainingArguments):
     rows = [row for place in recipe.data for row in load_utterances(place)]
     sentences = [row for place in recipe.sentences for row in load_utterances(place)]
     if recipe.eval_data is None:
-        rows, eval_rows = split_by_phrase(rows, args.seed)
+        rows, eval_rows = hold_out(rows, by="text", at_least=2, seed=args.seed)
     else:
         eval_rows = [row for place in recipe.eval_data for row in load_utterances(place)]
     eval_rows = Random(args.seed).sample(eval_rows, min(recipe.max_eval_clips, len(eval_rows)))

@@ -41,8 +41,8 @@ from hf_ext import (
     SlickForKeywordSpotting,
     coloured_noise,
     confusable_phonemes,
+    load_noises,
     load_utterances,
-    read_audio,
     synthesize_phrases,
 )
 
@@ -155,7 +155,7 @@ def background(folder: str | None, seed: int) -> list[torch.Tensor]:
     """Recorded noise, and as many recordings again of made-up noise, from white to brown."""
     if folder is None:
         return []
-    recorded = [read_audio({"audio": str(path)}) for path in sorted(Path(folder).rglob("*.ogg"))]
+    recorded, _ = load_noises(folder, train_share=1.0)
     exponents = torch.linspace(0, 2, len(recorded))
     return [*recorded, *coloured_noise(160_000, exponents, torch.Generator().manual_seed(seed))]
 

@@ -45,7 +45,7 @@ def speech_interval(clip: torch.Tensor, sampling_rate: int = 16000, range_db: fl
 
 
 def hold_out(
-    rows: Sequence[Mapping[str, Any]], by: str = "speaker", share: float = 0.1, seed: int = 0
+    rows: Sequence[Mapping[str, Any]], by: str = "speaker", share: float = 0.1, at_least: int = 1, seed: int = 0
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """
     Rows to train on, and rows to evaluate on that share no speaker with them (or nothing else that a column tells).
@@ -56,7 +56,9 @@ def hold_out(
         by (`str`, *optional*, defaults to `"speaker"`):
             The column whose values are kept apart; `"audio"` keeps apart clips alone.
         share (`float`, *optional*, defaults to `0.1`):
-            Of the values that are held out; at least one is.
+            Of the values that are held out.
+        at_least (`int`, *optional*, defaults to `1`):
+            The fewest values that are held out. Phrases need two, to be told from each other.
         seed (`int`, *optional*, defaults to `0`):
             Of which.
 
@@ -81,9 +83,11 @@ def hold_out(
     if lacking:
         raise ValueError(f"{lacking} of the {len(rows)} `rows` lack {by!r}, what `by` holds them out by.")
     values = sorted({row[by] for row in rows})
-    if len(values) < 2:
-        raise ValueError(f"All `rows` have the same {by!r} ({values}): nothing can be held out by it.")
-    chosen = set(Random(seed).sample(values, max(1, int(share * len(values)))))
+    if len(values) <= at_least:
+        raise ValueError(
+            f"The `rows` have no more than {at_least} {by!r} ({values}): that many can't be held out by it."
+        )
+    chosen = set(Random(seed).sample(values, max(at_least, int(share * len(values)))))
     return [row for row in rows if row[by] not in chosen], [row for row in rows if row[by] in chosen]
 
 

@@ -113,7 +113,7 @@ def test_encoder_that_recognises_phonemes_is_where_it_starts(recipe, clips, tmp_
 def test_phrases_of_the_evaluation_are_none_of_the_training(recipe, clips):
     rows = recipe.load_clips([str(clips)], "words")
     assert {row["text"] for row in rows} == set(PHRASES)
-    train, held_out = recipe.split_by_phrase(rows, seed=0)
+    train, held_out = recipe.hold_out(rows, by="text", at_least=2, seed=0)
     assert len(train) + len(held_out) == len(rows)
     assert not {row["text"] for row in train} & {row["text"] for row in held_out}
     assert len({row["text"] for row in held_out}) == 2

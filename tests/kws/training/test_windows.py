@@ -88,7 +88,7 @@ class TestHoldingOut:
         ("rows", "message"),
         [
             ([{"speaker": "a"}, {"text": "yes"}], "1 of the 2 `rows` lack 'speaker'"),
-            ([{"speaker": "a"}] * 2, r"the same 'speaker' \(\['a'\]\)"),
+            ([{"speaker": "a"}] * 2, r"no more than 1 'speaker' \(\['a'\]\)"),
         ],
     )
     def test_rows_that_cannot_be_are_refused(self, rows, message):
