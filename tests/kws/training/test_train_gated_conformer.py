@@ -1,9 +1,6 @@
 """The recipe of the gated conformer: gates that open late, speakers that are kept apart, going on where it stopped."""
 
-import csv
-import importlib.util
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -11,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
-from conftest import REPOSITORY
 from hf_ext import KwsWindowDataCollator, KwsWindowDataset
+from kws.training.recipes import imported_recipe, write_clips
 
 
 soundfile = pytest.importorskip("soundfile")
@@ -22,25 +19,16 @@ SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "num_
 
 @pytest.fixture(scope="module")
 def recipe():
-    path = REPOSITORY / "examples" / "train_gated_conformer.py"
-    spec = importlib.util.spec_from_file_location("train_gated_conformer", path)
-    module = importlib.util.module_from_spec(spec)
-    # The training arguments are saved by the name of their class.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with imported_recipe("train_gated_conformer") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    clips, noise, random = tmp_path_factory.mktemp("clips"), tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
-    with (clips / "metadata.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file_name", "text", "speaker"])
-        for i in range(12):
-            soundfile.write(clips / f"{i}.wav", random.normal(size=6_000) / 10, 16_000)
-            writer.writerow([f"{i}.wav", "yes" if i % 2 else "no", f"speaker_{i // 2}"])
+    clips, noise = tmp_path_factory.mktemp("clips"), tmp_path_factory.mktemp("noise")
+    rows = [{"text": "yes" if i % 2 else "no", "speaker": f"speaker_{i // 2}"} for i in range(12)]
+    write_clips(clips, rows, num_samples=6_000)
+    random = np.random.default_rng(1)
     soundfile.write(noise / "kitchen.wav", random.normal(size=40_000) / 30, 16_000)
     return clips, noise
 

