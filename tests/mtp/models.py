@@ -172,3 +172,8 @@ def disabled(model: Any) -> Iterator[None]:
         yield
     finally:
         model.enable_adapters()
+
+
+def details(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Multi-token generation with all that it tells."""
+    return model.generate(*args, return_dict_in_generate=True, **kwargs)

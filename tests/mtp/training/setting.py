@@ -25,6 +25,12 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
+PRETOKENISED = Dataset.from_dict(
+    {
+        "input_ids": [[4, 5, 6, 7, 8, 9], [4, 5, 6], [9, 8, 7, 6]],
+        "completion_mask": [[0, 0, 0, 1, 1, 1], [0, 1, 1], [0, 0, 0, 1]],
+    }
+)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
