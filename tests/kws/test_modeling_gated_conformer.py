@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -24,6 +20,7 @@ from hf_ext import (
 )
 from hf_ext.metrics import share_of_macs_skipped
 from kws.gated_conformer_setting import SMALL, features, small_model
+from kws.travelling import output_without_the_package
 
 
 def same(ours, expected, atol=1e-5):
@@ -291,35 +288,12 @@ class TestSaving:
             assert {row["label"] for row in found} == {"yes", "no", "go"}
 
     def test_travels_with_its_code(self, tmp_path):
-        small_model().save_pretrained(tmp_path / "weights")
-        here = small_model()(features(2, 60, 16)).class_logits.detach()
-        # The classes are told to take their code along in a process of its own: they keep it in mind.
-        save = f"""
-from hf_ext import GatedConformerConfig, GatedConformerForKeywordDetection
-GatedConformerConfig.register_for_auto_class()
-GatedConformerForKeywordDetection.register_for_auto_class("AutoModelForAudioClassification")
-model = GatedConformerForKeywordDetection.from_pretrained({str(tmp_path / "weights")!r})
-model.save_pretrained({str(tmp_path / "repo")!r})
-"""
-        load = f"""
-import sys, torch
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_ext":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Blocker())
-from transformers import AutoModelForAudioClassification
-model = AutoModelForAudioClassification.from_pretrained({str(tmp_path / "repo")!r}, trust_remote_code=True)
-features = torch.randn(2, 60, 16, generator=torch.Generator().manual_seed(1))
-torch.save(model(features).class_logits.detach(), {str(tmp_path / "logits.pt")!r})
-"""
-        environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-        for code in (save, load):
-            run = subprocess.run(
-                [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
-            )
-            assert run.returncode == 0, run.stderr
-        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), here)
+        model = small_model()
+        inputs = {"input_features": features(2, 60, 16)}
+        there = output_without_the_package(
+            model, inputs, "AutoModelForAudioClassification", tmp_path, output="class_logits"
+        )
+        torch.testing.assert_close(there, model(**inputs).class_logits.detach())
 
 
 class TestBadInput:
