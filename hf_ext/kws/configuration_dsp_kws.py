@@ -5,6 +5,8 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from .configuration_kws_encoder import check_encoder
+
 
 @strict
 class DspKwsConfig(PreTrainedConfig):
@@ -117,16 +119,7 @@ class DspKwsConfig(PreTrainedConfig):
                 f"`text_config` is of the type '{self.text_config.model_type}', which is no text encoder with one "
                 "`hidden_size`: take one such as DistilBERT."
             )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`num_attention_heads` ({self.num_attention_heads}) does not divide `hidden_size` ({self.hidden_size})."
-            )
-        if self.conv_kernel_size % 2 == 0:
-            raise ValueError(f"`conv_kernel_size` must be odd, got {self.conv_kernel_size}.")
-        if self.num_mel_bins < 7:
-            raise ValueError(
-                f"`num_mel_bins` must be at least 7 for the encoder's convolutions, got {self.num_mel_bins}."
-            )
+        check_encoder(self)
         for name in ("attention_temperature", "initial_temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")

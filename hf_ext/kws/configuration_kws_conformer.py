@@ -5,6 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .configuration_kws_encoder import check_encoder
+
 
 @strict
 class KwsConformerConfig(PreTrainedConfig):
@@ -59,14 +61,5 @@ class KwsConformerConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`num_attention_heads` ({self.num_attention_heads}) does not divide `hidden_size` ({self.hidden_size})."
-            )
-        if self.conv_kernel_size % 2 == 0:
-            raise ValueError(f"`conv_kernel_size` must be odd, got {self.conv_kernel_size}.")
-        if self.num_mel_bins < 7:
-            raise ValueError(
-                f"`num_mel_bins` must be at least 7 for the encoder's convolutions, got {self.num_mel_bins}."
-            )
+        check_encoder(self)
         super().__post_init__(**kwargs)

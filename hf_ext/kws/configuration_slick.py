@@ -5,6 +5,8 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .configuration_kws_encoder import check_encoder
+
 
 @strict
 class SlickConfig(PreTrainedConfig):
@@ -104,15 +106,9 @@ class SlickConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("num_attention_heads", "num_matcher_heads"):
-            if self.hidden_size % getattr(self, name):
-                raise ValueError(
-                    f"`{name}` ({getattr(self, name)}) does not divide `hidden_size` ({self.hidden_size})."
-                )
-        if self.conv_kernel_size % 2 == 0:
-            raise ValueError(f"`conv_kernel_size` must be odd, got {self.conv_kernel_size}.")
-        if self.num_mel_bins < 7:
+        check_encoder(self)
+        if self.hidden_size % self.num_matcher_heads:
             raise ValueError(
-                f"`num_mel_bins` must be at least 7 for the encoder's convolutions, got {self.num_mel_bins}."
+                f"`num_matcher_heads` ({self.num_matcher_heads}) does not divide `hidden_size` ({self.hidden_size})."
             )
         super().__post_init__(**kwargs)

@@ -1,0 +1,28 @@
+"""What the dimensions of the keyword spotting encoder have to be, whichever model it is in."""
+
+from transformers import PreTrainedConfig
+
+
+# The two convolutions of the encoder's entrance need so many channels.
+_LEAST_MEL_BINS = 7
+
+
+def check_encoder(config: PreTrainedConfig) -> None:
+    """
+    Args:
+        config (`PreTrainedConfig`):
+            With `num_mel_bins`, `hidden_size`, `num_attention_heads` and `conv_kernel_size`.
+
+    Raises:
+        ValueError: if heads don't divide the width, the kernel is even, or there are too few channels.
+    """
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"`num_attention_heads` ({config.num_attention_heads}) does not divide `hidden_size` ({config.hidden_size})."
+        )
+    if config.conv_kernel_size % 2 == 0:
+        raise ValueError(f"`conv_kernel_size` must be odd, got {config.conv_kernel_size}.")
+    if config.num_mel_bins < _LEAST_MEL_BINS:
+        raise ValueError(
+            f"`num_mel_bins` must be at least {_LEAST_MEL_BINS} for the encoder's convolutions, got {config.num_mel_bins}."
+        )
