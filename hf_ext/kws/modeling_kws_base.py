@@ -32,8 +32,8 @@ class KwsPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class TextDefinedKwsPreTrainedModel(KwsPreTrainedModel):
-    input_modalities = ("audio", "text")
+class KwsEncoderPreTrainedModel(KwsPreTrainedModel):
+    """With a [`KwsConformerEncoder`] named `encoder`."""
 
     def get_audio_features(
         self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -52,6 +52,10 @@ class TextDefinedKwsPreTrainedModel(KwsPreTrainedModel):
         """
         hidden, mask = self.encoder(input_features, attention_mask)
         return KwsAudioFeatures(last_hidden_state=hidden, attention_mask=mask)
+
+
+class TextDefinedKwsPreTrainedModel(KwsEncoderPreTrainedModel):
+    input_modalities = ("audio", "text")
 
     def _check_pairs(
         self, input_features: torch.Tensor, keyword_ids: torch.Tensor | None, labels: torch.Tensor | None

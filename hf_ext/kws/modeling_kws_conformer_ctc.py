@@ -8,12 +8,11 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import can_return_tuple
 
 from .configuration_kws_conformer import KwsConformerConfig
-from .modeling_kws_base import KwsPreTrainedModel
+from .modeling_kws_base import KwsEncoderPreTrainedModel
 from .modeling_kws_conformer import KwsConformerEncoder, phoneme_ctc_loss
-from .modeling_kws_outputs import KwsAudioFeatures
 
 
-class KwsConformerPreTrainedModel(KwsPreTrainedModel):
+class KwsConformerPreTrainedModel(KwsEncoderPreTrainedModel):
     config: KwsConformerConfig
     base_model_prefix = "kws_conformer"
 
@@ -50,24 +49,6 @@ class KwsConformerForCTC(KwsConformerPreTrainedModel):
         self.encoder = KwsConformerEncoder(config)
         self.ctc_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
-
-    def get_audio_features(
-        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> KwsAudioFeatures:
-        """
-        States of the encoder, and which of them are no padding.
-
-        Args:
-            input_features (`torch.Tensor` of shape `(batch_size, num_frames, num_mel_bins)`):
-                Features of the clips.
-            attention_mask (`torch.Tensor` of shape `(batch_size, num_frames)`, *optional*):
-                1 for frames that are no padding.
-
-        Returns:
-            [`KwsAudioFeatures`]
-        """
-        hidden, mask = self.encoder(input_features, attention_mask)
-        return KwsAudioFeatures(last_hidden_state=hidden, attention_mask=mask)
 
     @can_return_tuple
     def forward(
