@@ -7,8 +7,8 @@ noise at known places; other windows are of noise alone:
 
     python examples/train_gated_conformer.py --data path/to/speech_commands --noise path/to/noise --output_dir out/gated
 
-Where recordings are few, clips of the same words that [`synthesize_phrases`] spoke can be trained on too (`--more_data`); all
-figures are of recordings of people.
+Where recordings are few, clips of the same words that `synthesize_phrases(words, folder, clips_per_phrase=30)` spoke can be
+trained on too (`--more_data folder`); all figures are of recordings of people.
 
 First every module runs, then the gates are asked, and a loss on the share of modules that run closes those that the task
 can spare. Windows without a word can count more in that loss (`--gate_noise_factor`), since training has far fewer of them
