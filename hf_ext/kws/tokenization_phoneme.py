@@ -79,8 +79,8 @@ class PhonemeTokenizer(PreTrainedTokenizer):
         Returns:
             `list[list[str]]`: Phonemes.
         """
-        if max_pronunciations < 1:
-            raise ValueError(f"`max_pronunciations` must be at least 1, got {max_pronunciations}.")
+        if not isinstance(max_pronunciations, int) or max_pronunciations < 1:
+            raise ValueError(f"`max_pronunciations` must be an integer of at least 1, got {max_pronunciations!r}.")
         found = pronunciations(text, self._lexicon, limit=max_pronunciations)
         if not found:
             raise _unpronounceable(text)

@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class KeywordSpottingPipeline(ChunkPipeline):
         Look for phrases in one clip or several.
 
         Args:
-            audio (`str`, `os.PathLike`, `bytes`, `np.ndarray`, `dict`, or a list, dataset or generator of them):
+            audio (`str`, `os.PathLike`, `bytes`, `np.ndarray`, `dict`, or a list, dataset, column or generator of them):
                 A path, the bytes of a file, samples (with `sampling_rate`), or a row of a dataset: `{"array" or "raw",
                 "sampling_rate"}`, `{"path", "bytes"}`, `{"audio": any of these}` with `start` and `end` in seconds, if
                 wanted.
@@ -133,14 +134,7 @@ class KeywordSpottingPipeline(ChunkPipeline):
             raise ValueError(
                 "`max_pronunciations` says how the phrases are encoded: pass it together with `candidate_labels`."
             )
-        if isinstance(audio, (list, tuple)) and len(audio) == 0:
-            raise ValueError("`audio` is empty: there is no clip.")
-        if isinstance(audio, tuple):
-            audio = list(audio)
-        if hasattr(audio, "column_names"):
-            # Rows of a datasets.Dataset, which transformers would take for one input.
-            audio = (row for row in audio)
-        return super().__call__(audio, **kwargs)
+        return super().__call__(_one_or_many(audio), **kwargs)
 
     def _sanitize_parameters(self, candidate_labels: Any = None, max_pronunciations: int = 8, **settings: Any) -> Any:
         unknown = set(settings) - {*_PREPROCESSING, "function_to_apply"}
@@ -233,6 +227,24 @@ class KeywordSpottingPipeline(ChunkPipeline):
 _PREPROCESSING = ("sampling_rate", "channel_axis", "chunk_length_s", "stride_length_s")
 
 
+def _one_or_many(audio: Any) -> Any:
+    """One clip, or a list or a generator of clips, which transformers tells apart by their types."""
+    if isinstance(audio, (list, tuple)):
+        if len(audio) == 0:
+            raise ValueError("`audio` is empty: there is no clip.")
+        return np.asarray(audio) if all(isinstance(sample, Real) for sample in audio) else list(audio)
+    if hasattr(audio, "cast_column"):
+        # Rows of a dataset. `datasets` decodes with torchcodec alone, and what is not decoded soundfile reads.
+        for name, feature in (audio.features or {}).items():
+            if getattr(feature, "decode", False) and type(feature).__name__ == "Audio":
+                audio = audio.cast_column(name, type(feature)(decode=False))
+        return (row for row in audio)
+    if isinstance(audio, Sequence) and not isinstance(audio, (str, bytes, bytearray)):
+        # A column of a dataset.
+        return (clip for clip in audio)
+    return audio
+
+
 def read_clip(
     audio: Any, own_rate: int, sampling_rate: int | None = None, channel_axis: int | None = None
 ) -> torch.Tensor:
@@ -317,9 +329,12 @@ def _both_sides(chunk_length_s: float, stride_length_s: float | tuple[float, flo
 
 def _check_windows(chunk_length_s: float | None, stride_length_s: float | tuple[float, float] | None) -> None:
     length = 3.0 if chunk_length_s is None else chunk_length_s
-    if not (length == 0 or 0.1 <= length < math.inf):
-        raise ValueError(f"`chunk_length_s` must be 0, for no windows, or at least 0.1, got {chunk_length_s}.")
-    left, right = _both_sides(length, stride_length_s)
+    if not isinstance(length, Real) or not (length == 0 or 0.1 <= length < math.inf):
+        raise ValueError(f"`chunk_length_s` must be 0, for no windows, or at least 0.1, got {chunk_length_s!r}.")
+    try:
+        left, right = map(float, _both_sides(length, stride_length_s))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`stride_length_s` must be a number of seconds or two, got {stride_length_s!r}.") from error
     if min(left, right) < 0 or (length and left + right >= length):
         raise ValueError(
             f"`stride_length_s` ({stride_length_s}) must not be negative, and both sides together must be shorter than "
@@ -360,12 +375,14 @@ def _piece(samples: torch.Tensor, row: Mapping[str, Any], rate: int) -> torch.Te
     return piece
 
 
-def _listed(candidate_labels: str | Sequence[str]) -> list[str]:
-    labels = candidate_labels
-    if isinstance(labels, str):
-        labels = [label.strip() for label in labels.split(",") if label.strip()]
-    if isinstance(labels, Mapping) or not all(isinstance(label, str) for label in labels):
+def _listed(candidate_labels: Any) -> list[str]:
+    if isinstance(candidate_labels, str):
+        labels = [label.strip() for label in candidate_labels.split(",") if label.strip()]
+    else:
+        listable = isinstance(candidate_labels, Iterable) and not isinstance(candidate_labels, Mapping)
+        labels = list(candidate_labels) if listable else [candidate_labels]
+    if not all(isinstance(label, str) for label in labels):
         raise TypeError(f"`candidate_labels` must be strings, got {candidate_labels!r}.")
     if not labels:
         raise ValueError(f"`candidate_labels` has no phrase to look for, got {candidate_labels!r}.")
-    return list(labels)
+    return labels

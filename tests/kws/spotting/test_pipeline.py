@@ -147,6 +147,17 @@ class TestBatches:
             for found, wanted in zip(answers, expected, strict=True):
                 assert_same(found, wanted)
 
+    def test_columns_that_datasets_would_decode_need_no_decoder_of_its(self, spotter, tmp_path):
+        paths = [str(tmp_path / f"{seed}.wav") for seed in range(2)]
+        for seed, path in enumerate(paths):
+            soundfile.write(path, speechlike(seed=seed), RATE)
+        expected = spotter(paths, candidate_labels=LABELS)
+        rows = Dataset.from_dict({"audio": paths}).cast_column("audio", Audio(sampling_rate=8000))
+        raw = rows.cast_column("audio", Audio(decode=False))
+        for source in (rows, rows.to_iterable_dataset(), raw["audio"]):
+            for found, wanted in zip(spotter(source, candidate_labels=LABELS, batch_size=2), expected, strict=True):
+                assert_same(found, wanted)
+
 
 class TestWindows:
     def test_the_best_window_counts(self, spotter):
@@ -179,6 +190,9 @@ class TestWindows:
             ({"chunk_length_s": 1e-9}, "at least 0.1, got 1e-09"),
             ({"chunk_length_s": 1.0, "stride_length_s": 0.5}, "both sides together must be shorter"),
             ({"stride_length_s": (-0.1, 0.0)}, "must not be negative"),
+            ({"chunk_length_s": "3"}, "at least 0.1, got '3'"),
+            ({"stride_length_s": [0.1, 0.1, 0.1]}, "a number of seconds or two, got "),
+            ({"max_pronunciations": "2"}, "an integer of at least 1, got '2'"),
         ],
     )
     def test_settings_out_of_range_are_named(self, spotter, settings, message):
@@ -204,7 +218,8 @@ class TestAudio:
         ]
         for form in forms:
             assert_same(spotter(form, candidate_labels=LABELS), self.expected(spotter))
-        assert_same(spotter(samples, candidate_labels=LABELS, sampling_rate=RATE), self.expected(spotter))
+        for form in (samples, samples.tolist()):
+            assert_same(spotter(form, candidate_labels=LABELS, sampling_rate=RATE), self.expected(spotter))
 
     @pytest.mark.parametrize(
         ("subtype", "atol"), [("PCM_U8", 0.2), ("PCM_16", 1e-2), ("PCM_24", 1e-3), ("PCM_32", 1e-3), ("DOUBLE", 1e-4)]
@@ -311,9 +326,15 @@ class TestLabels:
         (words,) = spotter(clip(speechlike()), candidate_labels="forty two")
         assert digits["label"] == "42" and digits["score"] == pytest.approx(words["score"], abs=1e-6)
 
-    def test_what_is_not_text_is_refused(self, spotter):
+    def test_any_iterable_of_strings_will_do(self, spotter):
+        expected = spotter(clip(speechlike()), candidate_labels=LABELS)
+        for labels in (tuple(LABELS), set(LABELS), np.array(LABELS), (label for label in LABELS)):
+            assert_same(spotter(clip(speechlike()), candidate_labels=labels), expected)
+
+    @pytest.mark.parametrize("labels", [[1, 2], 5, b"lights", {"lights": 1}, [None]])
+    def test_what_is_not_text_is_refused(self, spotter, labels):
         with pytest.raises(TypeError, match="must be strings, got"):
-            spotter(clip(speechlike()), candidate_labels=[1, 2])
+            spotter(clip(speechlike()), candidate_labels=labels)
 
     def test_unknown_settings_are_named(self, spotter):
         with pytest.raises(TypeError, match=r"no settings \['hypothesis_template'\]"):
