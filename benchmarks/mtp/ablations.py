@@ -114,7 +114,7 @@ class OrdinaryLoraTrainer(MtpTrainer):
             [inputs["attention_mask"].bool(), seen_masks(rows, num_anchors * num_masks, ids.device)], dim=1
         )
         masks = head.lora_mask_vectors[adapter].repeat(num_anchors, 1).expand(rows, -1, -1)
-        with head.gate.open(slots.block.shape[-1]):
+        with head.gate.open(slots.block.shape[-1], (rows, slots.block.shape[-1])):
             states = base.get_decoder()(
                 inputs_embeds=torch.cat([embed(ids), masks], dim=1),
                 attention_mask=additive_mask(layout.visible(slots, slots) & seen[:, None], masks.dtype)[:, None],

@@ -158,7 +158,7 @@ class SpeculativeForward:
         embeddings = self.embeddings(token_ids[None])
         if total_masks:
             embeddings = torch.cat([embeddings, plan.mask_embeddings.to(embeddings.dtype)], dim=1)
-        with self.head.gate.open(total_masks):
+        with self.head.gate.open(total_masks, (1, num_tokens + total_masks)):
             outputs = self.model(
                 inputs_embeds=embeddings,
                 position_ids=self._positions(plan, past),

@@ -63,9 +63,9 @@ class GatedLoraVariant(LoraVariant):
                 The adapted layer.
             active_adapter (`str`):
                 Name of the adapter.
-            x (`torch.Tensor` of shape `(batch_size, sequence_length, in_features)`):
+            x (`torch.Tensor` of shape `(batch_size, sequence_length, in_features)` or `(batch_size * sequence_length, in_features)`):
                 Input of the layer, in the dtype of the LoRA weights.
-            result (`torch.Tensor` of shape `(batch_size, sequence_length, out_features)`):
+            result (`torch.Tensor` of the shape of `x`, with `out_features`):
                 Output of the base layer.
 
         Returns:
@@ -74,6 +74,13 @@ class GatedLoraVariant(LoraVariant):
         positions = self.gate.positions
         if isinstance(positions, int) and positions == 0:
             return result
+        shape, x, result = result.shape, self.gate.sequences(x), self.gate.sequences(result)
+        return self._add(module, active_adapter, positions, x, result).reshape(shape)
+
+    @staticmethod
+    def _add(
+        module: Any, active_adapter: str, positions: int | torch.Tensor, x: torch.Tensor, result: torch.Tensor
+    ) -> torch.Tensor:
         lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         if isinstance(positions, torch.Tensor):

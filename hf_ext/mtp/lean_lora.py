@@ -51,11 +51,12 @@ def _fused_forward(layer: Any, adapter: str, gate: Gate) -> Callable[[torch.Tens
     up = (layer.lora_B[adapter].weight * layer.scaling[adapter]).t()
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        rows = x[0]
+        rows = x.reshape(-1, x.shape[-1])
         result = nn.functional.linear(rows, weight, bias)
         if gate.positions:
+            gate.sequences(x)  # or refuses
             first = rows.shape[0] - gate.positions
             result[first:].addmm_(rows[first:] @ down, up)
-        return result[None]
+        return result.view(*x.shape[:-1], -1)
 
     return forward

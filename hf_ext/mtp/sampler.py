@@ -22,22 +22,43 @@ class Gate:
 
     def __init__(self) -> None:
         self.positions: int | torch.Tensor = 0
+        self.shape: tuple[int, int] = (0, 0)
 
-    def open(self, positions: int | torch.Tensor) -> _OpenGate:
+    def open(self, positions: int | torch.Tensor, shape: tuple[int, int]) -> _OpenGate:
         """
         Args:
             positions (`int` or `torch.BoolTensor` of shape `(batch_size, sequence_length)`):
                 The number of masks at the end of the sequence, or True at each mask.
+            shape (`tuple[int, int]`):
+                `(batch_size, sequence_length)` of the pass.
         """
-        return _OpenGate(self, positions)
+        return _OpenGate(self, positions, shape)
+
+    def sequences(self, inputs: torch.Tensor) -> torch.Tensor:
+        """
+        What a layer is given, or gives, as `(batch_size, sequence_length, features)`. Some models (opt, experts shared by
+        all tokens) lay all sequences of a batch one behind the other.
+
+        Raises:
+            ValueError: where a layer has not exactly the tokens of the pass, so that nobody knows which of them are masks.
+        """
+        if inputs.shape[:-1] == self.shape:
+            return inputs
+        if inputs.ndim != 2 or inputs.shape[0] != self.shape[0] * self.shape[1]:
+            raise ValueError(
+                f"A layer with gated LoRA got an input of shape {tuple(inputs.shape)} in a pass over {self.shape[0]} "
+                f"sequences of {self.shape[1]} positions, so it can't tell masks from tokens. Leave the layers that see "
+                "some of the tokens only (experts), or something else, out of `target_modules`."
+            )
+        return inputs.unflatten(0, self.shape)
 
 
 class _OpenGate:
-    def __init__(self, gate: Gate, positions: int | torch.Tensor):
-        self.gate, self.positions = gate, positions
+    def __init__(self, gate: Gate, positions: int | torch.Tensor, shape: tuple[int, int]):
+        self.gate, self.positions, self.shape = gate, positions, shape
 
     def __enter__(self) -> None:
-        self.gate.positions = self.positions
+        self.gate.positions, self.gate.shape = self.positions, self.shape
 
     def __exit__(self, *exc_info: Any) -> None:
         self.gate.positions = 0

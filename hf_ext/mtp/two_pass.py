@@ -201,7 +201,7 @@ def _mask_pass(
     mask_positions = positions[rows, masks.block.clamp(min=0)] + masks.slot
     mask_positions = mask_positions.minimum(positions.amax(dim=-1, keepdim=True))
 
-    with head.gate.open(masks.slot.shape[1]):
+    with head.gate.open(masks.slot.shape[1], (batch_size, masks.slot.shape[1])):
         mask_states = (
             model.get_decoder()(
                 inputs_embeds=vectors.to(token_states.dtype).repeat(num_anchors, 1).expand(batch_size, -1, -1),

@@ -63,6 +63,8 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt_neox": ("gpt_neox", {"num_attention_heads": 3}),
+    # Calls linear layers with all sequences of a batch one behind the other.
+    "opt": ("opt", {"num_attention_heads": 3, "ffn_dim": 40, "word_embed_proj_dim": 24}),
     "gpt2": ("gpt2", {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 128, "n_inner": 40}),
 }
 _NOT_FOR_GPT2 = (

@@ -170,6 +170,24 @@ class TestCalls:
             with pytest.raises(ValueError, match=r"Lower `max_length` to 28") if refused else nullcontext():
                 two_pass_forward(model, "default", ids, ids, anchors)
 
+    def test_layer_that_sees_some_of_the_tokens(self) -> None:
+        """Masks can't be told from tokens there."""
+
+        class Expert(nn.Module):
+            def __init__(self, linear: nn.Module):
+                super().__init__()
+                self.linear = linear
+
+            def forward(self, states: torch.Tensor) -> torch.Tensor:
+                output = self.linear(states[0, ::2])
+                return output.repeat_interleave(2, dim=0)[None, : states.shape[1]]
+
+        model = skilled_model()
+        attention = model.model.layers[0].self_attn
+        attention.q_proj = Expert(attention.q_proj)
+        with pytest.raises(ValueError, match=r"can't tell masks from tokens.*`target_modules`"):
+            model.generate(random_prompt(4), max_new_tokens=9)
+
     def test_unknown_argument_is_still_refused(self, model: PreTrainedModel) -> None:
         """A misspelt option."""
         with pytest.raises(ValueError, match="num_speculativ_tokens"):

@@ -177,7 +177,7 @@ def reference_guesses(model: Any, tokens: list[int], chosen: int, num_masks: int
     head = model.mtp_head
     embed, unembed = model.get_input_embeddings(), model.get_output_embeddings()
     vectors = head.lora_mask_vectors["default"][None, :num_masks]
-    with torch.no_grad(), head.gate.open(num_masks):
+    with torch.no_grad(), head.gate.open(num_masks, (1, len(tokens) + num_masks)):
         inputs = torch.cat([embed(torch.tensor([tokens])), vectors], dim=1)
         states = model.get_decoder()(inputs_embeds=inputs).last_hidden_state[0, len(tokens) :]
         guesses = []

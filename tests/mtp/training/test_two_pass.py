@@ -77,7 +77,7 @@ def interleaved_states(base: PreTrainedModel, ids: torch.Tensor) -> dict[tuple[i
         attention: Any = {"full_attention": bias(None), "sliding_attention": bias(config.sliding_window)}
     else:
         attention = bias(getattr(config, "sliding_window", None))
-    with head.gate.open(slots.is_mask[None]):
+    with head.gate.open(slots.is_mask[None], (1, len(order))):
         states = base.get_decoder()(
             inputs_embeds=inputs[None],
             attention_mask=attention,
@@ -165,7 +165,7 @@ def assert_two_passes_are_one(model: PeftModel, side: str, soft_target_weight: f
     [
         (shape, attention)
         for shape, attention in SHAPES_AND_ATTENTION
-        if shape in ("llama", "mistral", "gemma", "gemma2", "gemma3", "gpt_neox", "qwen3", "gpt2")
+        if shape in ("llama", "mistral", "gemma", "gemma2", "gemma3", "gpt_neox", "qwen3", "gpt2", "opt")
     ],
 )
 def test_two_passes_equal_the_interleaved_pass(shape, attention, side):
