@@ -170,7 +170,6 @@ class KwsFeatureExtractor(SequenceFeatureExtractor):
         return_attention_mask: bool | None = None,
         return_tensors: str | None = None,
         device: str | torch.device = "cpu",
-        **kwargs: Any,
     ) -> BatchFeature:
         """
         Features of one clip or a batch of them.

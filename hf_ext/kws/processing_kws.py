@@ -1,6 +1,7 @@
 """Audio and phrases as the inputs of the keyword spotting models."""
 
 import string
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -87,6 +88,7 @@ class KwsProcessor(ProcessorMixin):
 
         Raises:
             ValueError: if there is neither audio nor text, or either of them is refused.
+            TypeError: for an argument that the feature extractor doesn't have.
         """
         if audio is None and text is None:
             raise ValueError("There is neither `audio` nor `text` to process.")
@@ -97,7 +99,7 @@ class KwsProcessor(ProcessorMixin):
         elif audio_kwargs:
             raise ValueError(f"Without `audio` there is nothing that {sorted(audio_kwargs)} could be for.")
         if text is not None:
-            phrases = [text] if isinstance(text, str) else list(text)
+            phrases = _listed(text)
             tokens = (
                 self._words(phrases, return_tensors) if self.takes_words else self._phonemes(phrases, return_tensors)
             )
@@ -124,6 +126,15 @@ class KwsProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         words = ["keyword_word_ids"] if self.takes_words else []
         return [*self.feature_extractor.model_input_names, "keyword_ids", "keyword_attention_mask", *words]
+
+
+def _listed(text: Any) -> list[str]:
+    phrases = list(text) if isinstance(text, Iterable) and not isinstance(text, str) else [text]
+    if not all(isinstance(phrase, str) for phrase in phrases):
+        raise ValueError(f"`text` must be a phrase or a list of phrases, got {text!r}.")
+    if not phrases:
+        raise ValueError("`text` is empty: there is no phrase.")
+    return phrases
 
 
 def _split_words(phrase: str) -> list[str]:

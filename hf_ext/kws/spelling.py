@@ -9,6 +9,8 @@ from hf_ext._extras import missing_extra
 
 
 _SYMBOLS = {"&": " and ", "%": " percent ", "@": " at ", "+": " plus ", "°": " degrees "}
+# Signs that Unicode takes apart into letters or digits that nobody says.
+_SIGNS = {"™": "", "℠": "", "№": " number ", "½": " one half ", "¼": " one quarter ", "¾": " three quarters "}
 # Latin letters that Unicode does not take apart into a letter and a mark.
 _LATIN = {"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "ł": "l", "ı": "i"}
 _ABBREVIATIONS = {"i.e.": "that is", "e.g.": "for example"}
@@ -43,7 +45,10 @@ def spell_out(text: str) -> list[str]:
     ```
     """
     original = text
-    text = unicodedata.normalize("NFKD", text.casefold().replace("’", "'"))
+    for sign, name in _SIGNS.items():
+        text = text.replace(sign, name)
+    # What Unicode takes apart may be in upper case, as the C of "℃".
+    text = unicodedata.normalize("NFKD", text.replace("’", "'")).casefold()
     text = "".join(_LATIN.get(char, char) for char in text if unicodedata.category(char) != "Mn")
     for short, long in _ABBREVIATIONS.items():
         text = text.replace(short, long)
@@ -68,6 +73,7 @@ def _numbers_as_words(text: str) -> str:
     text = re.sub(r"\b(\d{1,2}):([0-5]\d)\b", _time_of_day, text)
     text = re.sub(r"(?<![\w.])-(?=\d)", " minus ", text)
     text = re.sub(r"\d+(?:st|nd|rd|th)\b", lambda match: f" {_inflect().number_to_words(match[0])} ", text)
+    text = re.sub(r"(?<![\d.])(\d+)'?s\b", lambda match: f" {_several(_cardinal(match[1]))} ", text)
     text = re.sub(r"(\d+)?\.(\d+)", lambda m: f" {m[1] or 0} point {' '.join(_digits(m[2]))} ", text)
     return re.sub(r"\d+", lambda match: f" {_cardinal(match[0])} ", text)
 
@@ -102,6 +108,13 @@ def _cardinal(digits: str) -> str:
             return f"{words(number // 100)} hundred"
         return words(number, andword="", zero="oh", group=2).replace(", ", " ")
     return words(number, andword="").replace(",", "")
+
+
+def _several(number: str) -> str:
+    """The plural, as of decades: nineteen nineties."""
+    if number.endswith("y"):
+        return f"{number[:-1]}ies"
+    return f"{number}es" if number.endswith("x") else f"{number}s"
 
 
 def _digits(digits: str) -> list[str]:

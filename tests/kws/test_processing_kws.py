@@ -43,11 +43,20 @@ def test_audio_or_text_alone(processor):
         ({"audio": CLIPS[0]}, "`sampling_rate` is not given"),
         ({"audio": CLIPS[0], "text": "?", "sampling_rate": 16000}, "can be pronounced"),
         ({"text": "hey", "channel_axis": 0}, r"\['channel_axis'\]"),
+        ({"text": 5}, "a phrase or a list of phrases, got 5"),
+        ({"text": [5]}, r"a phrase or a list of phrases, got \[5\]"),
+        ({"text": ["hey", None]}, "a phrase or a list of phrases"),
+        ({"text": []}, "there is no phrase"),
     ],
 )
 def test_bad_input_is_refused(processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         processor(**arguments)
+
+
+def test_settings_that_nothing_reads_are_refused(processor):
+    with pytest.raises(TypeError, match="return_tensor'"):
+        processor(audio=CLIPS[0], sampling_rate=16000, return_tensor="pt")
 
 
 @pytest.mark.parametrize("auto", [AutoProcessor, KwsProcessor])
