@@ -17,7 +17,7 @@ from .generation_dynamoe import DynaMoeGenerationMixin
 from .loading import refuse_other_weights
 from .nested_mlp import NestedMlp, Routing, nest_mlps
 from .outputs import DynaMoeCausalLMOutputWithPast, ExpertUsage
-from .routing import check_expert_index, chosen_experts, router_loss, smallest_sufficient
+from .routing import check_expert_index, check_router_noise, chosen_experts, router_loss, smallest_sufficient
 
 
 class DynaMoePreTrainedModel(PreTrainedModel):
@@ -187,6 +187,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         sensitivity: float | torch.Tensor | None = None,
         expert_index: int | torch.LongTensor | None = None,
         follow_labels: torch.BoolTensor | None = None,
+        router_noise: torch.FloatTensor | None = None,
         output_router_logits: bool | None = None,
         output_nearness: bool | None = None,
         token_mask: torch.Tensor | None = None,
@@ -204,6 +205,9 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
             follow_labels (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Tokens that take the expert which their measured nearness asks for instead of the router's choice: how
                 training keeps fresh routers from deciding. Needs `output_nearness=True`.
+            router_noise (`torch.FloatTensor` of shape `(num_layers, batch_size, sequence_length, num_experts - 1)`, *optional*):
+                What is added to the logits of ordinal routers before they choose; it may be zero. With it the routers learn
+                from the loss of the routed model: forward the choice is hard as ever, backward it is its chance.
             output_router_logits (`bool`, *optional*):
                 Adds `router_logits`, `expert_index` and `active_parameters` to the output, and with `labels` also `aux_loss`,
                 which is then a part of `loss`. By default the configuration's.
@@ -218,7 +222,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
             [`DynaMoeCausalLMOutputWithPast`]
 
         Raises:
-            ValueError: for a sensitivity, experts or labels to follow of another shape or outside their range.
+            ValueError: for a sensitivity, experts, labels to follow or noise of another shape or outside their range.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
@@ -233,9 +237,11 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         if token_mask is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -shape[1] :]
         sensitivity = self._checked_sensitivity(sensitivity, shape[0])
-        check_expert_index(expert_index, self.config.base_config.num_hidden_layers, shape, self.config.num_experts)
+        num_layers, num_experts = self.config.base_config.num_hidden_layers, self.config.num_experts
+        check_expert_index(expert_index, num_layers, shape, num_experts)
+        check_router_noise(router_noise, self.config.router_type, (num_layers, *shape, num_experts - 1))
         routing = self.routing
-        routing.begin(sensitivity, expert_index, follow_labels, wants_routing, measures)
+        routing.begin(sensitivity, expert_index, follow_labels, router_noise, wants_routing, measures)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

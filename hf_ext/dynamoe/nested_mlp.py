@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .configuration_dynamoe import DynaMoeConfig
-from .routing import DynaMoeRouter, chosen_experts, similarities, smallest_sufficient
+from .routing import DynaMoeRouter, chosen_experts, similarities, smallest_sufficient, straight_through
 
 
 # Names of an MLP's projections, its input side first and its output side last, and of its activation.
@@ -42,7 +42,7 @@ class Routing:
 
     def __init__(self, sensitivity: float):
         self.layers: list[LayerRouting] | None = None
-        self.begin(sensitivity, None, None, False, False)
+        self.begin(sensitivity, None, None, None, False, False)
         self.layers = None
 
     def begin(
@@ -50,10 +50,12 @@ class Routing:
         sensitivity: float | torch.Tensor,
         expert_index: int | torch.Tensor | None,
         follow_labels: torch.Tensor | None,
+        router_noise: torch.Tensor | None,
         wants_logits: bool,
         measures: bool,
     ) -> None:
         self.sensitivity, self.expert_index, self.follow_labels = sensitivity, expert_index, follow_labels
+        self.router_noise = router_noise
         self.wants_logits, self.measures = wants_logits, measures
         self.layers = []
 
@@ -125,7 +127,7 @@ class NestedMlp(nn.Module):
         expert = routing.given_expert(self.layer, self.config.num_experts)
         if isinstance(expert, torch.Tensor):
             expert = expert.to(x.device)
-        logits = nearness = hidden = None
+        logits = nearness = hidden = chunks = None
         if expert is None or routing.wants_logits:
             logits = self.router(x.detach() if self.config.detach_router_input else x)
         if routing.measures:
@@ -133,15 +135,21 @@ class NestedMlp(nn.Module):
             nearness = self._measure(hidden)
         if expert is None:
             assert logits is not None
-            expert = chosen_experts(logits.detach(), self.config.router_type, routing.sensitivity)
+            noise = routing.router_noise
+            noisy = logits if noise is None else logits + noise[self.layer].to(logits)
+            expert = chosen_experts(noisy.detach(), self.config.router_type, routing.sensitivity)
             if routing.follow_labels is not None and nearness is not None:
                 label = smallest_sufficient(nearness, routing.sensitivity)
                 expert = torch.where(routing.follow_labels.to(label.device), label, expert)
+            if noise is not None:
+                chunks = straight_through(noisy, routing.sensitivity, expert)
         if routing.layers is not None:
             index = expert if isinstance(expert, torch.Tensor) else torch.full(x.shape[:2], expert, device=x.device)
             routing.layers.append(LayerRouting(index, logits, nearness))
         if isinstance(expert, int):
             return self.dense(x) if expert == last else self._one_expert(x, expert, hidden)
+        if chunks is not None:
+            return self._weighted(self._hidden(x) if hidden is None else hidden, chunks)
         if hidden is not None or not self._can_slice():
             return self._masked(self._hidden(x) if hidden is None else hidden, expert)
         if expert.numel() == 1:
@@ -174,6 +182,10 @@ class NestedMlp(nn.Module):
         widths = torch.tensor(self.widths, device=hidden.device)[expert]
         neurons = torch.arange(hidden.shape[-1], device=hidden.device)
         return getattr(self.dense, self.output)(hidden * (neurons < widths[..., None]))
+
+    def _weighted(self, hidden: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+        sizes = torch.tensor([0, *self.widths], device=hidden.device).diff()
+        return getattr(self.dense, self.output)(hidden * chunks.to(hidden.dtype).repeat_interleave(sizes, dim=-1))
 
     def _by_chunks(self, x: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
         """

@@ -120,6 +120,33 @@ def chosen_experts(router_logits: torch.Tensor, router_type: str, sensitivity: f
     return smallest_sufficient(router_logits.float().sigmoid(), sensitivity)
 
 
+def straight_through(
+    router_logits: torch.Tensor, sensitivity: float | torch.Tensor, expert_index: torch.Tensor
+) -> torch.Tensor:
+    """
+    A choice of experts as weights of the chunks of neurons, which let a gradient through to the router.
+
+    Forward they are 1 for the chunks that the expert has and 0 for the others. Backward they are the chances of these under
+    logistic noise on the logits: the product of the chances that each smaller expert is not near enough.
+
+    Args:
+        router_logits (`torch.Tensor` of shape `(..., num_experts - 1)`):
+            What an ordinal [`DynaMoeRouter`] returns.
+        sensitivity (`float` or `torch.Tensor` that broadcasts to `(...)`):
+            Nearness demanded.
+        expert_index (`torch.LongTensor` of shape `(...)`):
+            The experts that the tokens take.
+
+    Returns:
+        `torch.Tensor` of shape `(..., num_experts)`: of each chunk, the neurons by which an expert exceeds the one before.
+    """
+    logits = router_logits.float()
+    demanded = torch.as_tensor(sensitivity, device=logits.device, dtype=logits.dtype).logit()
+    chances = (demanded[..., None] - logits).sigmoid().cumprod(-1)
+    used = expert_index[..., None] > torch.arange(logits.shape[-1], device=logits.device)
+    return nn.functional.pad(used + (chances - chances.detach()), (1, 0), value=1.0)
+
+
 def router_loss(
     router_logits: torch.Tensor, nearness: torch.Tensor, router_type: str, sensitivity: float | torch.Tensor
 ) -> torch.Tensor:
@@ -180,3 +207,27 @@ def check_expert_index(expert_index: Any, num_layers: int, shape: tuple[int, ...
         found = [expert_index]
     if any(isinstance(e, bool) or not isinstance(e, int) or not 0 <= e < num_experts for e in found):
         raise ValueError(f"`expert_index` must be from 0 to {num_experts - 1}, got {' to '.join(map(str, found))}.")
+
+
+def check_router_noise(router_noise: Any, router_type: str, shape: tuple[int, ...]) -> None:
+    """
+    Refuses noise that doesn't fit the routers.
+
+    Args:
+        router_noise (`torch.Tensor`, *optional*):
+            What is added to the logits.
+        router_type (`str`), shape (`tuple[int, ...]`):
+            Of the model's routers, and `(num_layers, batch_size, sequence_length, num_experts - 1)` of their logits.
+
+    Raises:
+        ValueError: saying what fits.
+    """
+    if router_noise is None:
+        return
+    if router_type != "ordinal":
+        raise ValueError(
+            f"`router_noise` is for ordinal routers, and those of this model are {router_type}s: their choice among labels "
+            "lets no gradient through. Leave it out, or convert with `router_type='ordinal'`."
+        )
+    if tuple(router_noise.shape) != shape:
+        raise ValueError(f"`router_noise` must have shape {shape}, got {tuple(router_noise.shape)}.")

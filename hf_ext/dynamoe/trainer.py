@@ -16,11 +16,13 @@ from hf_ext.hub.model_card import dynamoe_model_card
 from hf_ext.row_generators import row_generator
 
 from .modeling_dynamoe import DynaMoeForCausalLM
-from .routing import smallest_sufficient
+from .routing import smallest_sufficient, straight_through
 from .trainer_config import DynaMoeTrainingConfig
 
 
 IGNORE_INDEX = -100
+# Losses at each token; the others are at each label.
+OF_TOKENS = ("router_loss", "budget_loss")
 
 
 class DynaMoeTrainer(SFTTrainer):
@@ -102,6 +104,11 @@ class DynaMoeTrainer(SFTTrainer):
                     "`sensitivity` is needed: the routers are classifiers, whose labels are made with one."
                 )
             routed.config.sensitivity = args.sensitivity
+        if args.straight_through and routed.config.router_type != "ordinal":
+            raise ValueError(
+                "`straight_through` is for ordinal routers, and those of this model are classifiers: their choice among labels "
+                "lets no gradient through. Leave it off, or convert with `router_type='ordinal'`."
+            )
         if args.router_steps and not routed.config.detach_router_input:
             raise ValueError(
                 f"`router_steps`={args.router_steps} trains routers alone, but with `detach_router_input=False` their loss "
@@ -159,14 +166,16 @@ class DynaMoeTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         mask, labels = inputs["attention_mask"], inputs["labels"][:, 1:]
-        sensitivity, follow_labels = self._draw(inputs["input_ids"], mask)
+        sensitivity, drawn = self._draw(inputs["input_ids"], mask)
         routers_alone = self._routers_alone()
-        losses, outputs = self._losses(
-            model, inputs, torch.ones_like(sensitivity) if routers_alone else sensitivity, follow_labels, sensitivity
-        )
+        used = torch.ones_like(sensitivity) if routers_alone else sensitivity
+        losses, outputs = self._losses(model, inputs, used, drawn, sensitivity)
         num_tokens = inputs.get("dynamoe_num_tokens", mask.sum()).clamp(min=1)
         num_labels = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = self.args.router_loss_weight * losses["router_loss"] / num_tokens
+        if "budget_loss" in losses:
+            loss = self.args.budget_weight * losses["budget_loss"] / num_tokens
+        else:
+            loss = self.args.router_loss_weight * losses["router_loss"] / num_tokens
         if not routers_alone:
             of_labels = self.args.lm_loss_weight * losses["lm_loss"]
             if self.teacher is not None:
@@ -181,26 +190,33 @@ class DynaMoeTrainer(SFTTrainer):
     def _routers_alone(self) -> bool:
         return self.state.global_step < self.args.router_steps
 
-    def _draw(self, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A sensitivity for each row, and the tokens that follow their labels."""
-        args, step = self.args, self.state.global_step
+    def _draw(self, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A sensitivity for each row, and what the model is told beside: the tokens that follow their labels, and noise."""
+        args, step, config = self.args, self.state.global_step, self.routed.config
         span = args.label_forcing_ratio * max(self.state.max_steps - args.router_steps, 1)
         progress = min(1.0, max(0, step - args.router_steps) / span) if span else 1.0
         forced = 1 + (args.label_forcing - 1) * progress
         sensitivities, follow = [], torch.zeros(input_ids.shape, dtype=torch.bool)
+        straight = args.straight_through and not self._routers_alone()
+        noise = torch.zeros(config.base_config.num_hidden_layers, *input_ids.shape, config.num_experts - 1)
         for row, (ids, seen) in enumerate(zip(input_ids.cpu(), mask.cpu().bool(), strict=True)):
             generator = row_generator(ids[seen], step, args.seed)
             drawn = args.min_sensitivity + (1 - args.min_sensitivity) * torch.rand((), generator=generator)
             sensitivities.append(float(drawn) if args.sensitivity is None else args.sensitivity)
             follow[row, seen] = torch.rand(int(seen.sum()), generator=generator) < forced
-        return torch.tensor(sensitivities, device=input_ids.device), follow.to(input_ids.device)
+            if straight:
+                noise[:, row, seen] = torch.randn(noise[:, row, seen].shape, generator=generator)
+        drawn = {"follow_labels": follow.to(input_ids.device)}
+        if straight:
+            drawn["router_noise"] = args.router_noise * noise.to(input_ids.device)
+        return torch.tensor(sensitivities, device=input_ids.device), drawn
 
     def _losses(
         self,
         model: Any,
         inputs: dict[str, torch.Tensor],
         sensitivity: Any,
-        follow_labels: torch.Tensor | None,
+        drawn: dict[str, torch.Tensor],
         label_sensitivity: torch.Tensor,
     ) -> tuple[dict[str, torch.Tensor], Any]:
         """Sums over the tokens of a batch, and the model's outputs."""
@@ -210,9 +226,9 @@ class DynaMoeTrainer(SFTTrainer):
             attention_mask=mask,
             use_cache=False,
             sensitivity=sensitivity,
-            follow_labels=follow_labels,
             output_router_logits=True,
             output_nearness=True,
+            **drawn,
         )
         logits = outputs.logits[:, :-1].float()
         losses = {
@@ -221,6 +237,8 @@ class DynaMoeTrainer(SFTTrainer):
                 logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
             ),
         }
+        if "router_noise" in drawn:
+            losses["budget_loss"] = self._budget_loss(outputs, label_sensitivity[:, None], mask)
         if self.teacher is not None and self.model.training:
             with torch.no_grad():
                 said = self.teacher(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False).logits
@@ -229,6 +247,20 @@ class DynaMoeTrainer(SFTTrainer):
             )
             losses["distillation_loss"] = (divergence.sum(-1) * (labels != IGNORE_INDEX)).sum()
         return losses, outputs
+
+    def _budget_loss(self, outputs: Any, sensitivity: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The squared difference between the shares of the MLPs that a row's choices and its labels use, for each token."""
+        widths = (
+            torch.tensor(self.routed.config.expert_widths, device=mask.device) / self.routed.config.expert_widths[-1]
+        )
+        choices = [
+            straight_through(logits, sensitivity, self.routed.choices(logits, sensitivity)).to(mask.device)
+            for logits in outputs.router_logits
+        ]
+        used = (torch.stack(choices) * widths.diff(prepend=widths.new_zeros(1))).sum(-1).mean(0)
+        wanted = widths[smallest_sufficient(outputs.nearness, sensitivity)].mean(0)
+        num_tokens = mask.sum(1)
+        return (((used - wanted) * mask).sum(1).square() / num_tokens.clamp(min=1)).sum()
 
     @torch.no_grad()
     def _record(
@@ -244,7 +276,7 @@ class DynaMoeTrainer(SFTTrainer):
         mask = inputs["attention_mask"].bool()
         num_tokens, num_labels = mask.sum(), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         pairs = {
-            name: torch.stack([value.detach().float(), num_tokens if name == "router_loss" else num_labels])
+            name: torch.stack([value.detach().float(), num_tokens if name in OF_TOKENS else num_labels])
             for name, value in losses.items()
         }
         widths = torch.tensor(config.expert_widths, device=mask.device) / config.expert_widths[-1]
@@ -295,7 +327,7 @@ class DynaMoeTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             for value in self._evaluated:
                 sensitivity = torch.full((rows,), value, device=inputs["input_ids"].device)
-                losses, outputs = self._losses(model, inputs, sensitivity, None, sensitivity)
+                losses, outputs = self._losses(model, inputs, sensitivity, {}, sensitivity)
                 self._record("eval", inputs, outputs, losses, sensitivity, prefix=f"{value:g}_")
         return losses["lm_loss"].detach(), None, None
 

@@ -37,6 +37,14 @@ class DynaMoeTrainingConfig(SFTConfig):
             Share of the steps behind `router_steps` in which it falls.
         router_learning_rate (`float`, *optional*, defaults to `1e-3`):
             Initial learning rate of the routers, with the same schedule.
+        straight_through (`bool`, *optional*, defaults to `False`):
+            Behind `router_steps` ordinal routers learn from the losses of the routed model, by a straight-through estimator,
+            in place of their measured nearness, which then only says how much of the MLPs each text may use. Not in the
+            paper; routers then spend the same compute where it lowers the loss most.
+        budget_weight (`float`, *optional*, defaults to `5.0`):
+            Weight of the squared difference between the share of the MLPs that a text uses and that of its labels.
+        router_noise (`float`, *optional*, defaults to `1.0`):
+            Standard deviation of the noise on the routers' logits in training, which lets them see what other choices do.
         eval_sensitivities (`list[float]`, *optional*, defaults to `[0.5, 0.7, 0.8, 0.9, 1.0]`):
             What is evaluated; classifiers have their own and 1.
         learning_rate (`float`, *optional*, defaults to `1e-5`):
@@ -45,7 +53,7 @@ class DynaMoeTrainingConfig(SFTConfig):
             Off by default, unlike in SFT; `activation_checkpointing=True` turns it on.
 
     Raises:
-        ValueError: for negative weights, shares and sensitivities outside 0 to 1, and options of SFT that have no effect.
+        ValueError: for negative weights, steps and noise, shares and sensitivities outside 0 to 1, and options of SFT that have no effect.
     """
 
     lm_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the routed model's next-token loss."})
@@ -65,6 +73,13 @@ class DynaMoeTrainingConfig(SFTConfig):
         default=0.1, metadata={"help": "Share of the steps in which it falls there from 1."}
     )
     router_learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of the routers."})
+    straight_through: bool = field(
+        default=False, metadata={"help": "Routers learn from the losses of the routed model."}
+    )
+    budget_weight: float = field(
+        default=5.0, metadata={"help": "Weight of the squared difference from the labels' share of the MLPs."}
+    )
+    router_noise: float = field(default=1.0, metadata={"help": "Standard deviation of noise on the routers' logits."})
     eval_sensitivities: list[float] = field(
         default_factory=lambda: [0.5, 0.7, 0.8, 0.9, 1.0], metadata={"help": "Sensitivities to evaluate."}
     )
@@ -76,7 +91,8 @@ class DynaMoeTrainingConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("lm_loss_weight", "router_loss_weight", "distillation_weight", "router_steps"):
+        weights = ("lm_loss_weight", "router_loss_weight", "distillation_weight", "budget_weight")
+        for name in (*weights, "router_steps", "router_noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         for name in ("label_forcing", "label_forcing_ratio"):

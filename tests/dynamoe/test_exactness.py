@@ -114,7 +114,7 @@ def test_tokens_in_one_batch_get_what_each_gets_alone(shape):
     moe = tiny_moe(shape)
     mlp, x = moe.nested_mlps()[0], torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))
     for index in (random_ids(3, 7) % 3, random_ids(3, 7) % 2, torch.full((3, 7), 1)):
-        moe.routing.begin(0.5, index, None, False, False)
+        moe.routing.begin(0.5, index, None, None, False, False)
         masked = mlp(x)
         with torch.no_grad():
             chunked = mlp(x)

@@ -76,9 +76,10 @@ def test_the_teacher_stays(tmp_path):
 # What a step is made of
 
 
-def test_micro_batches_don_t_matter(tmp_path):
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_micro_batches_don_t_matter(tmp_path, straight_through):
     """Four rows at once, or two and two: rows of different lengths, so that neither labels nor tokens are alike."""
-    options = {"distillation_weight": 0.5, "adam_epsilon": 1e-4}
+    options = {"distillation_weight": 0.5, "adam_epsilon": 1e-4, "straight_through": straight_through}
     whole = tiny_trainer(tmp_path / "a", **options)
     parts = tiny_trainer(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
     whole.train()
@@ -86,9 +87,11 @@ def test_micro_batches_don_t_matter(tmp_path):
     assert_same_run(parts, whole)
 
 
-def test_resumed_training_is_the_same(tmp_path):
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_resumed_training_is_the_same(tmp_path, straight_through):
     """Interrupted in the second stage, to the bit."""
     options = {"router_steps": 1, "save_strategy": "steps", "save_steps": 2, "distillation_weight": 0.5}
+    options["straight_through"] = straight_through
     whole = tiny_trainer(tmp_path, **options)
     whole.train()
     again = tiny_trainer(tmp_path, **options)
@@ -96,10 +99,11 @@ def test_resumed_training_is_the_same(tmp_path):
     torch.testing.assert_close(weights_of(again), weights_of(whole), rtol=0, atol=0)
 
 
-def test_checkpointed_activations_change_nothing(tmp_path):
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_checkpointed_activations_change_nothing(tmp_path, straight_through):
     """Layers that run again in the backward pass route as they did."""
-    plain = tiny_trainer(tmp_path / "a")
-    checkpointed = tiny_trainer(tmp_path / "b", activation_checkpointing=True)
+    plain = tiny_trainer(tmp_path / "a", straight_through=straight_through)
+    checkpointed = tiny_trainer(tmp_path / "b", activation_checkpointing=True, straight_through=straight_through)
     plain.train()
     checkpointed.train()
     assert_same_run(checkpointed, plain)
@@ -130,6 +134,26 @@ def test_routers_learn(tmp_path):
     assert chosen[0] == 1 and wanted[0] < 0.9
     assert sum(chosen[-10:]) == pytest.approx(sum(wanted[-10:]), rel=0.15)
     assert sum(loss[-5:]) < 0.6 * sum(loss[:5])
+
+
+def test_routers_on_the_straight_way_keep_to_the_budget(tmp_path):
+    """They learn from the model's loss, which alone would send every token through everything."""
+    options = {"train_dataset": texts(64), "max_steps": 60, "router_learning_rate": 3e-2, "sensitivity": 0.5}
+    shares = {}
+    for weight in (0.0, 50.0):
+        trainer = tiny_trainer(tmp_path, straight_through=True, budget_weight=weight, label_forcing=0.0, **options)
+        trainer.train()
+        assert len(logged(trainer, "budget_loss")) == 60
+        shares[weight] = [sum(logged(trainer, name)[-10:]) for name in ("active_fraction", "label_fraction")]
+    assert shares[50.0][0] == pytest.approx(shares[50.0][1], rel=0.1)
+    assert shares[0.0][0] > 1.15 * shares[0.0][1]
+
+
+def test_the_straight_way_begins_behind_the_routers_own_stage(tmp_path):
+    """Which learns the measured nearness, on the dense model."""
+    trainer = tiny_trainer(tmp_path, router_steps=2, straight_through=True)
+    trainer.train()
+    assert ["budget_loss" in entry for entry in trainer.state.log_history[:4]] == [False, False, True, True]
 
 
 def test_a_classifier_learns_the_labels_of_its_sensitivity(tmp_path):
@@ -204,6 +228,8 @@ def test_wrong_arguments_are_refused(tmp_path):
         DynaMoeTrainer(model=nested(), args=SFTConfig(str(tmp_path), bf16=False, report_to="none"))
     with pytest.raises(ValueError, match="`sensitivity` is needed"):
         tiny_trainer(tmp_path, model=nested("classifier"))
+    with pytest.raises(ValueError, match="`straight_through` is for ordinal routers"):
+        tiny_trainer(tmp_path, model=nested("classifier"), sensitivity=0.5, straight_through=True)
     with pytest.raises(ValueError, match=r"`router_steps`=3 .* `detach_router_input=False`"):
         model = nested()
         model.config.detach_router_input = False
@@ -212,7 +238,14 @@ def test_wrong_arguments_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("lm_loss_weight", -1.0), ("router_steps", -1), ("label_forcing", 1.5), ("sensitivity", 1.2), ("packing", True)],
+    [
+        ("lm_loss_weight", -1.0),
+        ("router_steps", -1),
+        ("router_noise", -0.1),
+        ("label_forcing", 1.5),
+        ("sensitivity", 1.2),
+        ("packing", True),
+    ],
 )
 def test_wrong_settings_are_refused(tmp_path, option, value):
     """With the name of the setting."""
