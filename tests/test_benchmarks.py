@@ -18,6 +18,12 @@ from hf_ext import GatedLoraConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "mtp"
 SCRIPTS = ("prompts", "acceptance", "wall_clock", "training_step", "ablations")
+# Those that are run from the repository's root.
+MODULES = sorted(
+    f"benchmarks.{path.parent.name}.{path.stem}"
+    for path in FOLDER.parent.glob("*/*.py")
+    if path.parent != FOLDER and path.stem != "contenders"
+)
 
 
 def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -34,6 +40,21 @@ def test_help_runs(script, monkeypatch, capsys):
         pytest.skip("needs the extra `train`")
     with pytest.raises(SystemExit) as ended:
         run(script, monkeypatch, "--help")
+    assert ended.value.code == 0
+    assert "--results_dir" in capsys.readouterr().out
+
+
+def run_module(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER.parents[1]))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    runpy.run_module(name, run_name="__main__")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_of_modules_runs(module, monkeypatch, capsys):
+    pytest.importorskip("trl", reason="needs the extra `train`")
+    with pytest.raises(SystemExit) as ended:
+        run_module(module, monkeypatch, "--help")
     assert ended.value.code == 0
     assert "--results_dir" in capsys.readouterr().out
 
@@ -96,3 +117,27 @@ def test_acceptance_writes_its_tables(folders, tmp_path, monkeypatch):
     assert "| k | linear, no sampler |" in page
     # Folders are named by their last part.
     assert str(tmp_path) not in page + json.dumps(written)
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "titles"),
+    [
+        (
+            "tradeoff",
+            ("--only", "routed", "routed 0.65", "nearness", "fixed 0.5", "random"),
+            ["Perplexity at", "The knob"],
+        ),
+        ("ablations", ("--only", "reference", "for one sensitivity", "8 experts"), ["Perplexity at"]),
+        ("routers", ("--num_examples", 2), ["Routers", "Share of the MLPs", "Tokens that get"]),
+    ],
+)
+def test_nested_experts_are_measured(script, options, titles, folders, tmp_path, monkeypatch):
+    """Two steps of each contender, and the tables of what they gave."""
+    pytest.importorskip("trl", reason="needs the extra `train`")
+    run_module(
+        f"benchmarks.dynamoe.{script}", monkeypatch, "--model", folders[0], "--results_dir", tmp_path, "--steps", 2,
+        "--seeds", 0, "--batch_size", 4, "--length", 24, "--num_texts", 24, "--num_test_texts", 12, *options,
+    )  # fmt: skip
+    page = next(tmp_path.glob(f"{script}_*.md")).read_text()
+    assert [title for title in titles if f"## {title}" not in page] == []
+    assert page.count("| routed") >= (script != "ablations")

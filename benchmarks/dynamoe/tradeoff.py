@@ -5,9 +5,11 @@ fine-tuned, all trained on the same tokens with the same losses.
     python -m benchmarks.dynamoe.tradeoff --model path/to/stories260k --steps 300 --seeds 0 1 2
 
 The text is the model's own (temperature 0.8), made once beside the results and not committed. `routed` is one fine-tune for
-all sensitivities; `routed 0.66` is one for that sensitivity alone, as in the paper's table; `fixed 0.5` is an MLP cut to half
-its neurons, and `elastic` one fine-tune for all widths without routers; `random` sends tokens to experts without regard to them, at all shares. Every run is a row that is written as it
-ends; a second call does only what is missing, and runs of different `--seeds` may go side by side.
+all sensitivities; `routed 0.65` is one for that sensitivity alone, as in the paper's table. Their routers learn from the loss of
+the routed model, those of `nearness` from the measured nearness alone, as in the paper. `fixed 0.5` is an MLP cut to half its
+neurons, and `elastic` one fine-tune for all widths without routers; `random` sends tokens to experts without regard to them, at
+all shares. Every run is a row that is written as it ends; a second call does only what is missing, and runs of different
+`--seeds` may go side by side.
 """
 
 from __future__ import annotations
@@ -46,12 +48,15 @@ class Arguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each contender."})
     only: list[str] | None = field(default=None, metadata={"help": "Contenders to run, such as 'fixed 0.5'."})
     sensitivities: list[float] = field(
-        default_factory=lambda: [0.72, 0.88], metadata={"help": "Trained for alone, beside the one for all."}
+        default_factory=lambda: [0.45, 0.65, 0.75, 0.86, 0.94],
+        metadata={"help": "Trained for alone, beside the one for all."},
     )
     fixed_shares: list[float] = field(
-        default_factory=lambda: [0.5, 0.75], metadata={"help": "Shares of the MLP that fixed experts have."}
+        default_factory=lambda: list(SHARES), metadata={"help": "Shares of the MLP that fixed experts have."}
     )
     similarity: str = field(default="error", metadata={"help": "See DynaMoeConfig."})
+    importance: str = field(default="activation_norm", metadata={"help": "See convert_to_dynamoe."})
+    router_type: str = field(default="ordinal", metadata={"help": "See DynaMoeConfig."})
     router_hidden_size: int = field(default=64, metadata={"help": "Width of the routers' hidden layer."})
     num_experts: int = field(default=4, metadata={"help": "Experts, in equal steps."})
     batch_size: int = field(default=24, metadata={"help": "Texts per step."})
@@ -60,6 +65,8 @@ class Arguments:
     num_test_texts: int = field(default=128, metadata={"help": "Texts to measure on."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Of all contenders."})
     router_learning_rate: float = field(default=1e-2, metadata={"help": "Of the routers."})
+    budget_weight: float = field(default=5.0, metadata={"help": "See DynaMoeTrainingConfig."})
+    router_noise: float = field(default=1.0, metadata={"help": "See DynaMoeTrainingConfig."})
     threads: int | None = field(default=None, metadata={"help": "Threads; by default one for a small model."})
     results_dir: str | None = field(default=None, metadata={"help": "Where to write."})
 
@@ -96,43 +103,48 @@ def convert(args: Arguments, rows: list[list[int]], share: float | None) -> Any:
         expert_widths=widths,
         calibration_dataset=[{"input_ids": row} for row in rows[:400]],
         similarity=args.similarity,
+        importance=args.importance,
+        router_type=args.router_type,
         router_hidden_size=args.router_hidden_size,
         disable_tqdm=True,
     )
 
 
-def train(args: Arguments, contender: str, seed: int, rows: list[list[int]]) -> Any:
-    """The trained model."""
+def train(args: Arguments, contender: str, seed: int, rows: list[list[int]], **changes: Any) -> Any:
+    """The trained model; `changes` are of the trainer's settings."""
     kind, _, value = contender.partition(" ")
     moe = convert(args, rows, float(value) if kind == "fixed" else None)
-    routed = kind == "routed"
+    routed = kind in ("routed", "nearness")
     with tempfile.TemporaryDirectory() as folder:
-        settings = DynaMoeTrainingConfig(
-            output_dir=folder,
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            router_learning_rate=args.router_learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=10,
-            weight_decay=0.0,
-            adam_beta2=0.95,
-            distillation_weight=1.0,
-            sensitivity=float(value) if routed and value else None,
-            min_sensitivity=0.4,
-            router_steps=20 if routed else 0,
-            label_forcing_ratio=0.5,
-            max_length=args.length,
-            logging_steps=50,
-            save_strategy="no",
-            report_to="none",
-            bf16=False,
-            use_cpu=not torch.cuda.is_available(),
-            seed=seed,
-        )
+        settings = {
+            "output_dir": folder,
+            "max_steps": args.steps,
+            "per_device_train_batch_size": args.batch_size,
+            "learning_rate": args.learning_rate,
+            "router_learning_rate": args.router_learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 10,
+            "weight_decay": 0.0,
+            "adam_beta2": 0.95,
+            "distillation_weight": 1.0,
+            "sensitivity": float(value) if routed and value else None,
+            "min_sensitivity": 0.4,
+            "router_steps": 20 if routed else 0,
+            "label_forcing_ratio": 0.5,
+            "straight_through": kind == "routed",
+            "budget_weight": args.budget_weight,
+            "router_noise": args.router_noise,
+            "max_length": args.length,
+            "logging_steps": 50,
+            "save_strategy": "no",
+            "report_to": "none",
+            "bf16": False,
+            "use_cpu": not torch.cuda.is_available(),
+            "seed": seed,
+        }
         trainer = (DynaMoeTrainer if routed else ChosenOtherwiseTrainer)(
             model=moe,
-            args=settings,
+            args=DynaMoeTrainingConfig(**{**settings, **changes}),
             train_dataset=Dataset.from_dict({"input_ids": rows}),
             processing_class=load_base(args.model)[1],
         )
@@ -144,8 +156,10 @@ def train(args: Arguments, contender: str, seed: int, rows: list[list[int]]) -> 
 
 def measured(moe: Any, contender: str, test: list[list[int]]) -> list[dict[str, float]]:
     """Points of a contender's curve: setting, share of the MLPs, perplexity."""
-    kind = contender.split(" ")[0]
-    if kind == "routed":
+    kind, _, value = contender.partition(" ")
+    if kind in ("routed", "nearness") and value:
+        points = [(float(value), perplexity(moe, test, sensitivity=float(value)))]
+    elif kind in ("routed", "nearness"):
         points = [(s, perplexity(moe, test, sensitivity=s)) for s in SENSITIVITIES]
     elif kind == "random":
         points = [(s, perplexity(moe, test, random_share=s)) for s in (*SHARES, 1.0)]
@@ -153,7 +167,7 @@ def measured(moe: Any, contender: str, test: list[list[int]]) -> list[dict[str, 
         widths = moe.config.expert_widths
         points = [(w / widths[-1], perplexity(moe, test, expert_index=e)) for e, w in enumerate(widths)]
     elif kind == "fixed":
-        points = [(float(contender.split(" ")[1]), perplexity(moe, test, expert_index=0))]
+        points = [(float(value), perplexity(moe, test, expert_index=0))]
     else:
         points = [(1.0, perplexity(moe, test, sensitivity=1.0))]
     return [{"setting": s, "share": share, "perplexity": value} for s, (value, share) in points]
@@ -186,8 +200,9 @@ def tables(rows: list[dict[str, Any]], dense_before: float) -> tuple[list[Table]
     contenders = sorted({row["contender"] for row in rows})
     curves: dict[str, dict[int, list[dict[str, float]]]] = {}
     for name in contenders:
-        # Fixed experts of all shares are one curve: a model each.
-        curve = "fixed, one model each" if name.startswith("fixed") else name
+        # Those of one budget are points of one curve.
+        kind, _, value = name.partition(" ")
+        curve = f"{kind}, one model each" if value else kind
         for row in (r for r in rows if r["contender"] == name):
             curves.setdefault(curve, {}).setdefault(row["seed"], []).extend(row["points"])
     comparison = []
@@ -248,7 +263,7 @@ def main(args: Arguments) -> None:
     test = texts(args, folder, dense, tokenizer, args.num_test_texts, 11)
     dense_before = perplexity(convert(args, train_rows, None), test, sensitivity=1.0)[0]
 
-    contenders = ["routed", *(f"routed {s:g}" for s in args.sensitivities), "elastic", "random"]
+    contenders = ["routed", *(f"routed {s:g}" for s in args.sensitivities), "nearness", "elastic", "random"]
     contenders += [*(f"fixed {share:g}" for share in args.fixed_shares), "dense"]
     for seed in args.seeds:
         for contender in contenders if args.only is None else args.only:

@@ -28,7 +28,7 @@ OF_TOKENS = ("router_loss", "budget_loss")
 class DynaMoeTrainer(SFTTrainer):
     """
     Trains a [`DynaMoeForCausalLM`] (https://huggingface.co/papers/2502.12325, section 2): next-token loss of the routed model,
-    the routers' loss against labels from the same pass, optionally the divergence from the dense model.
+    the routers' loss, optionally the divergence from the dense model.
 
     Data, collation, distribution, checkpoints and logging are [`~trl.SFTTrainer`]'s. With `peft_config` (LoRA, with
     `modules_to_save=["router"]`) only adapters and routers are trained.
@@ -104,11 +104,6 @@ class DynaMoeTrainer(SFTTrainer):
                     "`sensitivity` is needed: the routers are classifiers, whose labels are made with one."
                 )
             routed.config.sensitivity = args.sensitivity
-        if args.straight_through and routed.config.router_type != "ordinal":
-            raise ValueError(
-                "`straight_through` is for ordinal routers, and those of this model are classifiers: their choice among labels "
-                "lets no gradient through. Leave it off, or convert with `router_type='ordinal'`."
-            )
         if args.router_steps and not routed.config.detach_router_input:
             raise ValueError(
                 f"`router_steps`={args.router_steps} trains routers alone, but with `detach_router_input=False` their loss "
@@ -197,12 +192,12 @@ class DynaMoeTrainer(SFTTrainer):
         progress = min(1.0, max(0, step - args.router_steps) / span) if span else 1.0
         forced = 1 + (args.label_forcing - 1) * progress
         sensitivities, follow = [], torch.zeros(input_ids.shape, dtype=torch.bool)
-        straight = args.straight_through and not self._routers_alone()
+        straight = args.straight_through and config.router_type == "ordinal" and not self._routers_alone()
         noise = torch.zeros(config.base_config.num_hidden_layers, *input_ids.shape, config.num_experts - 1)
         for row, (ids, seen) in enumerate(zip(input_ids.cpu(), mask.cpu().bool(), strict=True)):
             generator = row_generator(ids[seen], step, args.seed)
-            drawn = args.min_sensitivity + (1 - args.min_sensitivity) * torch.rand((), generator=generator)
-            sensitivities.append(float(drawn) if args.sensitivity is None else args.sensitivity)
+            value = args.min_sensitivity + (1 - args.min_sensitivity) * torch.rand((), generator=generator)
+            sensitivities.append(float(value) if args.sensitivity is None else args.sensitivity)
             follow[row, seen] = torch.rand(int(seen.sum()), generator=generator) < forced
             if straight:
                 noise[:, row, seen] = torch.randn(noise[:, row, seen].shape, generator=generator)

@@ -37,10 +37,10 @@ class DynaMoeTrainingConfig(SFTConfig):
             Share of the steps behind `router_steps` in which it falls.
         router_learning_rate (`float`, *optional*, defaults to `1e-3`):
             Initial learning rate of the routers, with the same schedule.
-        straight_through (`bool`, *optional*, defaults to `False`):
-            Behind `router_steps` ordinal routers learn from the losses of the routed model, by a straight-through estimator,
-            in place of their measured nearness, which then only says how much of the MLPs each text may use. Not in the
-            paper; routers then spend the same compute where it lowers the loss most.
+        straight_through (`bool`, *optional*, defaults to `True`):
+            Whether behind `router_steps` ordinal routers learn from the losses of the routed model, by a straight-through
+            estimator, in place of the measured nearness, which then only says how much of the MLPs each text may use. Not in
+            the paper: the same compute goes where it lowers the loss most. Classifiers always learn their labels.
         budget_weight (`float`, *optional*, defaults to `5.0`):
             Weight of the squared difference between the share of the MLPs that a text uses and that of its labels.
         router_noise (`float`, *optional*, defaults to `1.0`):
@@ -74,7 +74,7 @@ class DynaMoeTrainingConfig(SFTConfig):
     )
     router_learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of the routers."})
     straight_through: bool = field(
-        default=False, metadata={"help": "Routers learn from the losses of the routed model."}
+        default=True, metadata={"help": "Ordinal routers learn from the losses of the routed model."}
     )
     budget_weight: float = field(
         default=5.0, metadata={"help": "Weight of the squared difference from the labels' share of the MLPs."}

@@ -228,8 +228,6 @@ def test_wrong_arguments_are_refused(tmp_path):
         DynaMoeTrainer(model=nested(), args=SFTConfig(str(tmp_path), bf16=False, report_to="none"))
     with pytest.raises(ValueError, match="`sensitivity` is needed"):
         tiny_trainer(tmp_path, model=nested("classifier"))
-    with pytest.raises(ValueError, match="`straight_through` is for ordinal routers"):
-        tiny_trainer(tmp_path, model=nested("classifier"), sensitivity=0.5, straight_through=True)
     with pytest.raises(ValueError, match=r"`router_steps`=3 .* `detach_router_input=False`"):
         model = nested()
         model.config.detach_router_input = False
