@@ -30,6 +30,12 @@ from .modeling_gated_conformer_outputs import (
 from .modeling_kws_base import KwsPreTrainedModel
 
 
+def log_odds(probability: float) -> float:
+    if probability in (0, 1):
+        return math.inf if probability else -math.inf
+    return math.log(probability / (1 - probability))
+
+
 class GatedConformerPreTrainedModel(KwsPreTrainedModel):
     config: GatedConformerConfig
     base_model_prefix = "gated_conformer"
@@ -38,7 +44,7 @@ class GatedConformerPreTrainedModel(KwsPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, GatedConformerGates):
             # Every gate begins with the same probability, whatever it sees.
-            odds = math.log(self.config.gate_open_probability / (1 - self.config.gate_open_probability))
+            odds = log_odds(self.config.gate_open_probability)
             init.zeros_(module.weight)
             init.copy_(module.bias, torch.tensor([odds / 2, -odds / 2] * MODULES_PER_LAYER))
         else:
@@ -141,17 +147,20 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
         """
         self._check_features(input_features)
         frames = input_features.shape[1]
-        if attention_mask is None:
-            attention_mask = input_features.new_ones(input_features.shape[:2], dtype=torch.long)
-        if attention_mask.shape != input_features.shape[:2]:
-            raise ValueError(
-                f"`attention_mask` has the shape {tuple(attention_mask.shape)} and `input_features` has "
-                f"{tuple(input_features.shape[:2])} frames: one value for each."
-            )
-        # What stands in the padding must not reach the first step of a clip of a few frames.
-        input_features = input_features * attention_mask[..., None].to(input_features.dtype)
-        steps = self.subsampling(F.pad(input_features, (0, 0, 0, max(LEAST_FRAMES - frames, 0))))
-        num_steps = self.config.num_steps(attention_mask.sum(-1).clamp(min=LEAST_FRAMES))
+        num_frames = torch.full((len(input_features),), frames, device=input_features.device)
+        if attention_mask is not None:
+            if attention_mask.shape != input_features.shape[:2]:
+                raise ValueError(
+                    f"`attention_mask` has the shape {tuple(attention_mask.shape)} and `input_features` has "
+                    f"{tuple(input_features.shape[:2])} frames: one value for each."
+                )
+            # What stands in the padding must not reach the first step of a clip of a few frames.
+            input_features = input_features * attention_mask[..., None].to(input_features.dtype)
+            num_frames = attention_mask.sum(-1)
+        if frames < LEAST_FRAMES:
+            input_features = F.pad(input_features, (0, 0, 0, LEAST_FRAMES - frames))
+        steps = self.subsampling(input_features)
+        num_steps = self.config.num_steps(num_frames.clamp(min=LEAST_FRAMES))
         output = self._windows(steps, num_steps, gated, gate_threshold)
         if labels is None and (detection_targets is not None or location_targets is not None):
             raise ValueError(
@@ -303,6 +312,10 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
     ) -> GatedConformerOutput:
         """The output of each window of these steps, of which the first `num_steps` of each row are no padding."""
         config = self.config
+        threshold = config.gate_threshold if threshold is None else threshold
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"`gate_threshold` must be from 0 to 1, got {threshold}: gates have probabilities.")
+        least_odds = log_odds(threshold)
         length = min(steps.shape[1], config.window_steps)
         num_windows = 1 + (steps.shape[1] - length) // config.hop_steps if length else 0
         starts = config.hop_steps * torch.arange(num_windows, device=steps.device)
@@ -310,26 +323,30 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
         window_mask = torch.arange(num_windows, device=steps.device) < row_windows[:, None]
         places = starts[:, None] + torch.arange(length, device=steps.device)
         # All windows that are no padding stand below one another, whichever clip they are of.
-        hidden = self.dropout(steps[:, places][window_mask])
+        windows = steps.unfold(1, length, config.hop_steps)[:, :num_windows].transpose(2, 3)
+        hidden = self.dropout(windows[window_mask])
         mask = (places < num_steps[:, None, None])[window_mask]
-        gates, probabilities = [], []
-        threshold = config.gate_threshold if threshold is None else threshold
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"`gate_threshold` must be from 0 to 1, got {threshold}: gates have probabilities.")
+        averaging = (mask / mask.sum(1, keepdim=True))[:, None]
+        gates, gate_logits = [], []
         for layer in self.layers if num_windows else ():
-            hidden, layer_gates, layer_probabilities = layer(hidden, mask, gated, threshold)
+            hidden, layer_gates, layer_logits = layer(hidden, mask, averaging, gated, least_odds)
             gates.append(layer_gates)
-            probabilities.append(layer_probabilities)
+            gate_logits.append(layer_logits)
         if not num_windows:
-            gates = probabilities = [hidden.new_zeros(0, MODULES_PER_LAYER * config.num_hidden_layers)]
+            num_modules = MODULES_PER_LAYER * config.num_hidden_layers
+            gates, gate_logits = [hidden.new_zeros(0, num_modules)], [hidden.new_zeros(0, num_modules, 2)]
             pooled = hidden.new_zeros(0, config.hidden_size)
         else:
             # Keywords differ in length: each feature counts where it is strongest.
             pooled = hidden.masked_fill(~mask[..., None], torch.finfo(hidden.dtype).min).amax(1)
+        run, leave_out = torch.cat(gate_logits, 1).unbind(-1)
+        no_padding = len(hidden) == window_mask.numel()
 
         def of_windows(values: torch.Tensor, padding: float = 0.0) -> torch.Tensor:
-            spread = values.new_full((*window_mask.shape, values.shape[-1]), padding)
-            return spread.masked_scatter(window_mask[..., None], values)
+            shape = (*window_mask.shape, values.shape[-1])
+            if no_padding:
+                return values.view(shape)
+            return values.new_full(shape, padding).masked_scatter(window_mask[..., None], values)
 
         detected = self.detection_head(pooled)
         detection_logits = of_windows(detected, torch.finfo(detected.dtype).min)[..., 0]
@@ -344,7 +361,7 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
             class_logits=class_logits,
             locations=of_windows(self.location_head(pooled)),
             gates=of_windows(torch.cat(gates, -1)),
-            gate_probabilities=of_windows(torch.cat(probabilities, -1)),
+            gate_probabilities=of_windows((run - leave_out).sigmoid()),
             window_starts=FRAMES_PER_STEP * starts,
             window_mask=window_mask,
         )

@@ -63,7 +63,7 @@ class GatedConformerLayer(GradientCheckpointingLayer):
         self.hard = config.gate_relaxation == "straight_through"
 
     def forward(
-        self, hidden: torch.Tensor, mask: torch.Tensor, gated: bool, threshold: float
+        self, hidden: torch.Tensor, mask: torch.Tensor, averaging: torch.Tensor, gated: bool, least_odds: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -71,26 +71,28 @@ class GatedConformerLayer(GradientCheckpointingLayer):
                 States.
             mask (`torch.Tensor` of shape `(num_windows, num_steps)`):
                 True for steps that are no padding.
+            averaging (`torch.Tensor` of shape `(num_windows, 1, num_steps)`):
+                What multiplies states to their mean over time.
             gated (`bool`):
                 Whether the gates are asked; otherwise every module runs.
-            threshold (`float`):
-                Probability above which a module runs at inference.
+            least_odds (`float`):
+                Log odds above which a module runs at inference.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: States, and of shape `(num_windows, 4)` the gates and their
-            probabilities.
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: States, the gates, of shape `(num_windows, 4)`, and their logits,
+            run and leave out, of shape `(num_windows, 4, 2)`.
         """
         if self.training:
-            hidden, gates, probabilities = self._relaxed(hidden, mask, gated)
+            hidden, gates, logits = self._relaxed(hidden, mask, averaging, gated)
         elif gated:
-            hidden, gates, probabilities = self._skipping(hidden, mask, threshold)
+            hidden, gates, logits = self._skipping(hidden, mask, averaging, least_odds)
         else:
             for run in self._modules_in_order():
                 hidden = hidden + run(hidden, mask)
             gates = hidden.new_ones(len(hidden), MODULES_PER_LAYER)
-            probabilities = gates
+            logits = hidden.new_tensor([torch.inf, 0.0]).expand(*gates.shape, 2)
         # This norm runs even if nothing before it did: it costs little, and training has it so.
-        return self.norm(hidden), gates, probabilities
+        return self.norm(hidden), gates, logits
 
     def _modules_in_order(self) -> tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...]:
         return (
@@ -100,45 +102,44 @@ class GatedConformerLayer(GradientCheckpointingLayer):
             lambda hidden, mask: 0.5 * self.feed_forward_out(hidden),
         )
 
-    def _gate_logits(self, hidden: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    def _gate_logits(self, hidden: torch.Tensor, averaging: torch.Tensor) -> torch.Tensor:
         """Of the mean over time, as in the paper: of the states as they are, without a norm."""
-        return self.gates(steps @ hidden).float().view(-1, MODULES_PER_LAYER, 2)
+        mean = torch.bmm(averaging.to(hidden.dtype), hidden)[:, 0]
+        return self.gates(mean).float().view(-1, MODULES_PER_LAYER, 2)
 
-    @staticmethod
-    def _averaging(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """What multiplies states to their mean over time: one product for each gate that is asked."""
-        return (mask / mask.sum(1, keepdim=True)).to(dtype)[:, None]
-
-    def _relaxed(self, hidden: torch.Tensor, mask: torch.Tensor, gated: bool) -> tuple[torch.Tensor, ...]:
+    def _relaxed(
+        self, hidden: torch.Tensor, mask: torch.Tensor, averaging: torch.Tensor, gated: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Every module runs, and is multiplied by a gate that gradients go through."""
-        gates, probabilities = [], []
-        steps = self._averaging(mask, hidden.dtype)
+        gates, asked = [], []
         for index, run in enumerate(self._modules_in_order()):
-            logits = self._gate_logits(hidden, steps)[:, index]
+            logits = self._gate_logits(hidden, averaging)[:, index]
             sample = F.gumbel_softmax(logits, self.temperature, hard=self.hard)[:, 0]
             gate = sample if gated else torch.ones_like(sample)
             hidden = hidden + gate[:, None, None].to(hidden.dtype) * run(hidden, mask)
             gates.append(gate)
-            probabilities.append(logits.softmax(-1)[:, 0])
-        return hidden, torch.stack(gates, -1), torch.stack(probabilities, -1)
+            asked.append(logits)
+        return hidden, torch.stack(gates, 1), torch.stack(asked, 1)
 
-    def _skipping(self, hidden: torch.Tensor, mask: torch.Tensor, threshold: float) -> tuple[torch.Tensor, ...]:
+    def _skipping(
+        self, hidden: torch.Tensor, mask: torch.Tensor, averaging: torch.Tensor, least_odds: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A module runs for the windows whose gate is open, and for no other."""
-        asked: list[torch.Tensor] = []
-        steps, runs = self._averaging(mask, hidden.dtype), self._modules_in_order()
-        index = 0
-        while index < MODULES_PER_LAYER:
-            current = self._gate_logits(hidden, steps).softmax(-1)[..., 0]
-            is_open = current > threshold
-            num_open = is_open.sum(0).tolist()
-            # The next gate that is open for any window; the states are what they were for all gates before it.
-            chosen = next((i for i in range(index, MODULES_PER_LAYER) if num_open[i]), MODULES_PER_LAYER)
-            asked.append(current[:, index : chosen + 1])
-            if chosen < MODULES_PER_LAYER and num_open[chosen] == len(hidden):
-                hidden = hidden + runs[chosen](hidden, mask)
-            elif chosen < MODULES_PER_LAYER:
-                windows = is_open[:, chosen].nonzero()[:, 0]
-                hidden = hidden.index_add(0, windows, runs[chosen](hidden[windows], mask[windows]).to(hidden.dtype))
-            index = chosen + 1
-        probabilities = torch.cat(asked, -1)
-        return hidden, (probabilities > threshold).to(hidden.dtype), probabilities
+        gates, asked = [], []
+        has_changed = True
+        for index, run in enumerate(self._modules_in_order()):
+            # Until a module runs the states are what they were, and so are the gates.
+            if has_changed:
+                logits = self._gate_logits(hidden, averaging)
+                # Asking must cost less than it saves: numbers are compared faster than tensors of a few.
+                values = logits.permute(1, 2, 0).tolist()
+            is_open = [yes - no > least_odds for yes, no in zip(*values[index], strict=True)]
+            gates.append(is_open)
+            asked.append(logits[:, index])
+            has_changed = any(is_open)
+            if all(is_open):
+                hidden = hidden + run(hidden, mask)
+            elif has_changed:
+                windows = torch.tensor(is_open, device=hidden.device).nonzero()[:, 0]
+                hidden = hidden.index_add(0, windows, run(hidden[windows], mask[windows]).to(hidden.dtype))
+        return hidden, hidden.new_tensor(gates).T, torch.stack(asked, 1)
