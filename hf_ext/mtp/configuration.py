@@ -29,7 +29,8 @@ class GatedLoraConfig(LoraConfig):
         lora_alpha (`int`, *optional*, defaults to `32`):
             The LoRA output is scaled by `lora_alpha / r`.
         target_modules (`str` or `list[str]`, *optional*, defaults to `"all-linear"`):
-            The paper adapts all seven projections of every layer. The output embedding can't be a target.
+            The paper adapts all seven projections of every layer. The output embedding can't be a target. Layers outside of
+            the decoder, where no mask comes, stay as they are.
         frozen_masks (`bool`, *optional*, defaults to `False`):
             Keeps the mask vectors at their random initial values, which is the literal reading of the paper; by default
             they are trained, which costs `num_masks * hidden_size` values.

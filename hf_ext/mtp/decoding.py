@@ -14,6 +14,7 @@ from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLe
 
 from . import layout
 from .layout import Slots
+from .sampler import execution_device
 
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class SpeculativeForward:
         self.model, self.adapter, self.cache, self.num_padding = model, adapter, cache, num_padding
         self.head: MtpHead = model.mtp_head
         self.embeddings = model.get_input_embeddings()
+        self.device = execution_device(self.embeddings)
         self.patterns = attention_patterns(config)
         self.max_position = getattr(config, "max_position_embeddings", None)
         self.plans: dict[tuple[int, int, int, tuple[int, ...]], _Plan] = {}
@@ -203,7 +205,10 @@ class SpeculativeForward:
     def _make_plan(
         self, num_tokens: int, num_guesses: int, num_masks: int, blocks: tuple[int, ...], past: int
     ) -> _Plan:
-        device, dtype = self.embeddings.weight.device, self.model.dtype
+        device, dtype = self.device, self.model.dtype
+        if torch.is_autocast_enabled(device.type):
+            # Attention casts the mask with all else, and the lowest value of a wider dtype would be minus infinity.
+            dtype = torch.get_autocast_dtype(device.type)
         patterns = tuple(self.patterns.items())
         step = _step_layout(num_tokens, num_guesses, num_masks, blocks, patterns, dtype, device)
         capacity = max(2 * past, 256) if past else 0
@@ -270,8 +275,7 @@ def attention_patterns(config: Any) -> dict[str | None, int | None]:
     unknown = sorted(set(layer_types) - windows.keys())
     if unknown:
         raise ValueError(
-            f"Multi-token decoding needs layers of full or sliding attention; {config.model_type} has {unknown}. "
-            "Generate inside `with model.disable_adapter():`."
+            f"Multi-token prediction needs layers of full or sliding attention; {config.model_type} has {unknown}."
         )
     return {kind: windows[kind] for kind in sorted(set(layer_types))}
 

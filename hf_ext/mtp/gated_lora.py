@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
-from transformers import PreTrainedModel
 
 from .adapter_weights import check_adapter_weights
+from .checks import check_base
 from .configuration import GatedLoraConfig
 from .generation import add_mtp_generation, remove_mtp_generation
-from .sampler import Gate, MtpHead
+from .sampler import Gate, MtpHead, execution_device
 from .two_pass import MtpForwardOutput, two_pass_forward
 
 
@@ -113,8 +114,8 @@ class GatedLoraModel(LoraModel):
             Creates the adapter's weights on the meta device.
 
     Raises:
-        ValueError: for an encoder-decoder model, for a base of another shape than the adapter's, and for targets that
-            are not linear layers.
+        ValueError: for a model that can't be given masks, for a base of another shape than the adapter's, and for
+            targets that are not linear layers.
         NotImplementedError: when merging.
 
     Example:
@@ -147,21 +148,24 @@ class GatedLoraModel(LoraModel):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         config = self.peft_config[adapter_name]
-        _check_base(model, config)
+        check_base(model)
+        if not config.inference_mode and any(has_offloaded_params(module) for module in model.modules()):
+            raise ValueError(
+                "Layers of the model are offloaded, so a new adapter would get no weights there. Add the adapter first and "
+                "offload the model then (`dispatch_model`, `cpu_offload`)."
+            )
+        config.check_base(model.config.get_text_config(decoder=True))
         head: MtpHead | None = getattr(model, "mtp_head", None)
         if head is None:
             head = MtpHead(config.base_hidden_size)
         self._gate = head.gate
+        decoder = model.get_decoder()
+        self._decoder_key = next(name for name, module in model.named_modules() if module is decoder)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        if isinstance(model.get_output_embeddings(), LoraLayer) or isinstance(model.get_input_embeddings(), LoraLayer):
-            raise ValueError(
-                f"`target_modules={config.target_modules!r}` matches an embedding of the model, which ordinary tokens "
-                "and the sampler share. Leave it out, or use 'all-linear'."
-            )
         # Attached after PEFT froze the base model, which it takes for adapted before if it finds a tuner layer.
         model.mtp_head = head
         embeddings = model.get_input_embeddings()
-        with torch.device("meta" if low_cpu_mem_usage else embeddings.weight.device):
+        with torch.device("meta" if low_cpu_mem_usage else execution_device(embeddings)):
             head.add_adapter(adapter_name, config, embeddings)
         head.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
         add_mtp_generation(model)
@@ -176,6 +180,13 @@ class GatedLoraModel(LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        if target in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            raise ValueError(
+                f"`target_modules={lora_config.target_modules!r}` matches an embedding of the model, {current_key}, which "
+                "ordinary tokens and the sampler share. Leave it out, or use 'all-linear'."
+            )
+        if self._decoder_key and not current_key.startswith(f"{self._decoder_key}."):
+            return  # the head's own layers (bert) or those for images, where no mask comes
         if isinstance(target, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
             raise ValueError(
                 f"`target_modules` matches {current_key}, a {type(target).__name__}; gated LoRA adapts linear layers."
@@ -231,16 +242,3 @@ class GatedLoraModel(LoraModel):
         expected = {key for key in model.state_dict() if ".lora_" in key and f".{adapter_name}" in key}
         check_adapter_weights(remapped, expected)
         return remapped
-
-
-def _check_base(model: nn.Module, config: GatedLoraConfig) -> None:
-    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise ValueError(
-            f"Gated LoRA needs a transformers model with a language-modelling head, got {type(model).__name__}: load "
-            "it with AutoModelForCausalLM."
-        )
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model; multi-token prediction needs a decoder-only one."
-        )
-    config.check_base(model.config.get_text_config(decoder=True))

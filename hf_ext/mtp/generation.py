@@ -13,21 +13,20 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from hf_ext.hub.model_card import write_unless_written
 
 from .adapter_weights import check_loaded_adapter
-from .checks import check_call, check_positions, num_left_padding
+from .checks import check_call, check_mode, check_positions, num_left_padding
 from .decoding import Emitter, SpeculativeForward
 from .lean_lora import lean_lora
+from .options import OPTIONS, SpeculationOptions, options_in
 from .sampler import highest_probability
 
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-    from transformers.generation import BaseStreamer
+    from transformers.generation import BaseStreamer, GenerationMode
 
     from .sampler import MtpHead
 
 
-STRATEGIES = ("quadratic", "linear", "adaptive")
-OPTIONS = ("num_speculative_tokens", "speculation_strategy", "speculation_threshold", "use_sampler")
 # Up to this length the first step takes the whole prompt, which saves a forward pass; a longer prompt goes through the
 # model's own causal attention, which needs no mask of prompt length squared.
 LONGEST_PROMPT_IN_FIRST_STEP = 512
@@ -50,59 +49,6 @@ class MtpGenerateOutput(GenerateDecoderOnlyOutput):
     num_steps: torch.Tensor | None = None
     tokens_per_step: torch.Tensor | None = None
     step_lengths: list[list[int]] | None = None
-
-
-@dataclass(frozen=True)
-class SpeculationOptions:
-    """
-    How to speculate.
-
-    Args:
-        num_speculative_tokens (`int`):
-            Guesses per step.
-        speculation_strategy (`str`):
-            `"quadratic"`, `"linear"` or `"adaptive"`.
-        speculation_threshold (`float`):
-            Least probability, in adaptive decoding, that a guess is right with all before it, for more to be made, and that
-            verification ends at a place, for masks to be placed there.
-        use_sampler (`bool`):
-            Whether the sampler head makes the guesses, or the output embedding alone.
-    """
-
-    num_speculative_tokens: int
-    speculation_strategy: str = "quadratic"
-    speculation_threshold: float = 0.25
-    use_sampler: bool = True
-
-    @classmethod
-    def resolve(
-        cls, num_masks: int, generation_config: GenerationConfig, call_options: dict[str, Any]
-    ) -> SpeculationOptions:
-        """
-        Options of the call, else those stored in `generation_config`, else the defaults.
-
-        Raises:
-            ValueError: naming the option, its value and what is possible.
-        """
-        chosen: dict[str, Any] = {"num_speculative_tokens": num_masks}
-        for name in OPTIONS:
-            for value in (getattr(generation_config, name, None), call_options.get(name)):
-                if value is not None:
-                    chosen[name] = value
-        options = cls(**chosen)
-        count = options.num_speculative_tokens
-        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= num_masks:
-            raise ValueError(
-                f"`num_speculative_tokens` must be an integer from 1 to the adapter's `num_masks` of {num_masks}, got "
-                f"{count!r}. For plain decoding generate inside `with model.disable_adapter():`."
-            )
-        if options.speculation_strategy not in STRATEGIES:
-            raise ValueError(
-                f"`speculation_strategy` must be one of {list(STRATEGIES)}, got {options.speculation_strategy!r}."
-            )
-        if not 0 <= options.speculation_threshold <= 1:
-            raise ValueError(f"`speculation_threshold` must be from 0 to 1, got {options.speculation_threshold!r}.")
-        return options
 
 
 class MtpGenerationMixin(GenerationMixin):
@@ -162,8 +108,27 @@ class MtpGenerationMixin(GenerationMixin):
             write_unless_written(self.peft_config[adapter], working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        super()._validate_model_kwargs({name: v for name, v in model_kwargs.items() if name not in OPTIONS})
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        in_call = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        stored = options_in(self.generation_config)
+        # A pipeline passes a copy of the stored configuration; what is in it was not asked for in this call.
+        given = {name: v for name, v in options_in(generation_config).items() if v != stored.get(name)}
+        given |= {name: value for name, value in in_call.items() if value is not None}
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        vars(prepared).update(given, given_speculation_options=given)
+        return prepared, model_kwargs
+
+    def _validate_generation_mode(
+        self, generation_mode: GenerationMode, generation_config: GenerationConfig, generation_mode_kwargs: Any
+    ) -> None:
+        given = getattr(generation_config, "given_speculation_options", {})
+        if given and active_mtp_adapter(self) is None:
+            raise ValueError(f"{given} were given, but no multi-token adapter is active: enable one, or leave them.")
+        if given:
+            check_mode(given, generation_mode, generation_config, generation_mode_kwargs)
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     @staticmethod
     def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -182,14 +147,8 @@ class MtpGenerationMixin(GenerationMixin):
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        call_options = {name: model_kwargs.pop(name, None) for name in OPTIONS}
         adapter = active_mtp_adapter(self)
         if adapter is None:
-            given = {name: value for name, value in call_options.items() if value is not None}
-            if given:
-                raise ValueError(
-                    f"{given} were given, but no multi-token adapter is active: enable one, or leave them."
-                )
             return super()._sample(
                 input_ids,
                 logits_processor=logits_processor,
@@ -200,7 +159,7 @@ class MtpGenerationMixin(GenerationMixin):
                 **model_kwargs,
             )
         num_masks = self.mtp_head.lora_mask_vectors[adapter].shape[0]
-        options = SpeculationOptions.resolve(num_masks, generation_config, call_options)
+        options = SpeculationOptions.resolve(num_masks, generation_config)
         check_call(input_ids, generation_config, synced_gpus, model_kwargs)
         check_positions(self.config.get_text_config(decoder=True), generation_config, num_masks)
         emitter = Emitter(
@@ -211,9 +170,8 @@ class MtpGenerationMixin(GenerationMixin):
             keep_scores=bool(generation_config.return_dict_in_generate and generation_config.output_scores),
             keep_logits=bool(generation_config.return_dict_in_generate and generation_config.output_logits),
         )
-        forward = SpeculativeForward(
-            self, adapter, model_kwargs["past_key_values"], num_left_padding(model_kwargs.get("attention_mask"))
-        )
+        num_padding = num_left_padding(model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+        forward = SpeculativeForward(self, adapter, model_kwargs["past_key_values"], num_padding)
         step_lengths = _speculate(forward, emitter, options, generation_config.prefill_chunk_size)
         if streamer is not None:
             streamer.end()
@@ -254,16 +212,16 @@ def mtp_generate(
             f"{type(model).__name__} carries no multi-token adapter: load one with `model.load_adapter(...)` or "
             "`PeftModel.from_pretrained(model, ...)`."
         )
+    options = (num_speculative_tokens, speculation_strategy, speculation_threshold, use_sampler)
+    for name, value in zip(OPTIONS, options, strict=True):
+        if value is not None:
+            setattr(generation_config, name, value)
     return MtpGenerationMixin._sample(
         model,
         input_ids,
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
         generation_config=generation_config,
-        num_speculative_tokens=num_speculative_tokens,
-        speculation_strategy=speculation_strategy,
-        speculation_threshold=speculation_threshold,
-        use_sampler=use_sampler,
         **model_kwargs,
     )
 
@@ -275,7 +233,7 @@ def _speculate(
     """The loop: lay out, run, accept, crop, draft. Returns the number of tokens that each step emitted."""
     model, head, adapter = forward.model, forward.head, forward.adapter
     embeddings, unembed = model.get_input_embeddings(), model.get_output_embeddings()
-    device = model.device
+    device = forward.device
 
     token_ids = emitter.prompt[0, forward.length :].to(device)
     if len(token_ids) > LONGEST_PROMPT_IN_FIRST_STEP or prefill_chunk_size is not None:
@@ -285,7 +243,7 @@ def _speculate(
     probabilities: list[float] = []
     step_lengths: list[int] = []
 
-    with forward.started(), lean_lora(model, adapter, head.gate):
+    with forward.started(), head.onloaded(), lean_lora(model, adapter, head.gate):
         while not emitter.finished:
             num_verified = len(token_ids) - len(guesses)
             # A step emits at least one token, and the last one needs no guess: never draft past the limit.

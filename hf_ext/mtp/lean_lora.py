@@ -41,8 +41,16 @@ def lean_lora(model: nn.Module, adapter: str, gate: Gate) -> Iterator[None]:
 def _is_plain(layer: Any, adapter: str) -> bool:
     if type(layer) is not Linear or adapter not in layer.lora_A or type(layer.base_layer) is not nn.Linear:
         return False
-    hooked = layer.base_layer._forward_hooks or layer.base_layer._forward_pre_hooks
-    return not hooked and layer.lora_A[adapter].weight.dtype == layer.base_layer.weight.dtype
+    base, down, up = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
+    if base.weight.is_meta or any(_is_hooked(module) for module in (layer, base, down, up)):
+        return False
+    # Fused in place, a product takes operands of one dtype.
+    return base.weight.dtype == down.weight.dtype and not torch.is_autocast_enabled(base.weight.device.type)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    # accelerate, which moves inputs and offloaded weights, puts its hooks into a `forward` of the module's own.
+    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _fused_forward(layer: Any, adapter: str, gate: Gate) -> Callable[[torch.Tensor], torch.Tensor]:

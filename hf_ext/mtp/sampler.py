@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -48,7 +51,8 @@ class Gate:
             raise ValueError(
                 f"A layer with gated LoRA got an input of shape {tuple(inputs.shape)} in a pass over {self.shape[0]} "
                 f"sequences of {self.shape[1]} positions, so it can't tell masks from tokens. Leave the layers that see "
-                "some of the tokens only (experts), or something else, out of `target_modules`."
+                "some of the tokens only (experts, a pooler), or something else, out of `target_modules`, or name them in "
+                "`exclude_modules`."
             )
         return inputs.unflatten(0, self.shape)
 
@@ -123,7 +127,15 @@ class MtpHead(nn.Module, BaseTunerLayer):
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         for container in self.adapter_layer_names[1:]:
             getattr(self, container)[name].to(dtype=dtype)
-        self.base_device = weight.device
+        self.base_device = execution_device(embeddings)
+
+    @contextlib.contextmanager
+    def onloaded(self) -> Iterator[None]:
+        """Within this context weights that accelerate offloads are there: decoding reads them without calling modules."""
+        with contextlib.ExitStack() as stack:
+            for module in self.modules():
+                stack.enter_context(align_module_device(module))
+            yield
 
     def sample_states(self, name: str, previous_embeddings: torch.Tensor, mask_states: torch.Tensor) -> torch.Tensor:
         """
@@ -229,12 +241,18 @@ def highest_probability(logits: torch.Tensor) -> torch.Tensor:
     return (logits.max(dim=-1).values - logits.logsumexp(dim=-1)).exp()
 
 
+def execution_device(embeddings: Any) -> torch.device:
+    """Where an embedding computes: weights that accelerate offloads are on the meta device until it is called."""
+    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return embeddings.weight.device if device is None else torch.device(device)
+
+
 def _like_embeddings(embeddings: Any, num_masks: int) -> torch.Tensor:
     """Random vectors with the per-dimension mean and deviation of what the embedding gives for a token."""
-    weight = embeddings.weight
-    if weight.device.type == "meta":
+    weight, device = embeddings.weight, execution_device(embeddings)
+    if device.type == "meta":
         return torch.empty(num_masks, weight.shape[-1], device="meta", dtype=weight.dtype)
     # Through the module and not from its weight: some models (gemma) scale inside it.
-    table = embeddings(torch.arange(weight.shape[0], device=weight.device)).detach().float()
+    table = embeddings(torch.arange(weight.shape[0], device=device)).detach().float()
     vectors = table.mean(0) + table.std(0) * torch.randn(num_masks, table.shape[-1], device=table.device)
     return vectors.to(weight.dtype if weight.is_floating_point() else torch.float32)
