@@ -26,19 +26,13 @@ def check_adapter_weights(weights: dict[str, torch.Tensor], expected: set[str]) 
             Names of the adapter's tensors.
 
     Raises:
-        ValueError: naming up to three of the tensors that are missing or hold NaN or infinity; or if they belong to
-            layers that are offloaded.
+        ValueError: naming up to three of the tensors that are missing or hold NaN or infinity.
     """
     missing = sorted(expected - weights.keys())
     if missing:
         raise ValueError(
             f"The adapter's file lacks {len(missing)} of {len(expected)} tensors ({_some(missing)}): it is truncated or "
             "belongs to another architecture. Download or save it again."
-        )
-    if any(tensor.is_meta for tensor in weights.values()):
-        raise ValueError(
-            "Layers of the model are offloaded, so the adapter's weights can't be put there. Load the adapter first and "
-            "offload the model then (`dispatch_model`, `cpu_offload`)."
         )
     broken = sorted(name for name, tensor in weights.items() if name in expected and not tensor.isfinite().all())
     if broken:

@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
@@ -80,6 +81,11 @@ def check_base(model: Any) -> None:
             f"it. If it was trained to read from left to right, load it with `{setting}`: "
             f"`AutoModelForCausalLM.from_pretrained(..., {setting})`."
         )
+    if any(has_offloaded_params(module) for module in model.modules()):
+        raise ValueError(
+            f"Layers of this {name} are offloaded, and PEFT would put the weights of an adapter nowhere. Add or load the "
+            "adapter first, and offload the model then (`dispatch_model` or `cpu_offload` of accelerate)."
+        )
     width = model.get_input_embeddings().weight.shape[-1]
     if width != config.hidden_size:
         raise ValueError(
@@ -130,8 +136,8 @@ def check_call(
         )
     if generation_config.do_sample:
         raise ValueError(
-            "Multi-token decoding is greedy so far, got `do_sample=True` (from `model.generation_config` if not from this "
-            f"call): pass `do_sample=False`. {plain}"
+            "Multi-token decoding is greedy so far, got `do_sample=True`, which a checkpoint's generation configuration or a "
+            f"pipeline may set too: pass `do_sample=False`. {plain}"
         )
     if input_ids.shape[1] == 0 or model_kwargs.get("inputs_embeds") is not None:
         raise ValueError(

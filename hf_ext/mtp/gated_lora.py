@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.utils import has_offloaded_params
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
@@ -116,7 +115,7 @@ class GatedLoraModel(LoraModel):
     Raises:
         ValueError: for a model that can't be given masks, for a base of another shape than the adapter's, and for
             targets that are not linear layers.
-        NotImplementedError: when merging.
+        NotImplementedError: when merging, and when combining adapters.
 
     Example:
 
@@ -149,11 +148,6 @@ class GatedLoraModel(LoraModel):
     ) -> None:
         config = self.peft_config[adapter_name]
         check_base(model)
-        if not config.inference_mode and any(has_offloaded_params(module) for module in model.modules()):
-            raise ValueError(
-                "Layers of the model are offloaded, so a new adapter would get no weights there. Add the adapter first and "
-                "offload the model then (`dispatch_model`, `cpu_offload`)."
-            )
         config.check_base(model.config.get_text_config(decoder=True))
         head: MtpHead | None = getattr(model, "mtp_head", None)
         if head is None:
@@ -228,11 +222,25 @@ class GatedLoraModel(LoraModel):
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_REFUSED)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "`add_weighted_adapter` would combine the LoRA matrices of adapters and leave mask vectors and sampler random: "
+            "the text would be right and hardly a guess. Train one adapter on the data of both."
+        )
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         del model.mtp_head
         remove_mtp_generation(model)
         return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: GatedLoraConfig, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        # What is saved belongs to the base as it is now: its vocabulary may have been resized since the adapter was made.
+        config.base_vocab_size = model.config.get_text_config(decoder=True).vocab_size
+        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

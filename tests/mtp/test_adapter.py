@@ -238,6 +238,14 @@ class TestUnloadAndCopy:
             getattr(model, method)()
         assert details(model).step_lengths == expected
 
+    def test_combining_is_refused(self) -> None:
+        """A weighted sum of samplers is none."""
+        model = skilled_peft_model()
+        model.add_adapter("second", gated_config())
+        with pytest.raises(NotImplementedError, match=r"`add_weighted_adapter` would .* sampler random"):
+            model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both", combination_type="linear")
+        assert set(model.peft_config) == {"default", "second"}
+
     def test_merging_one_layer_is_refused(self) -> None:
         """Also where a layer is asked directly."""
         layer = next(m for m in skilled_peft_model().modules() if isinstance(m, LoraLayer))
@@ -306,6 +314,29 @@ class TestFiles:
         loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
         assert details(loaded).step_lengths == details(model).step_lengths
         assert loaded.base_model.mtp_head.residual == {"default": False}
+
+    @pytest.mark.parametrize("resized", ["before", "after"])
+    @pytest.mark.parametrize("shape", ["llama", "qwen2"])
+    def test_resized_vocabulary(self, shape: str, resized: str, tmp_path: Path) -> None:
+        """Before the adapter is made or after: text is the base's, and what is saved fits the base as it is then."""
+        base = tiny_model(shape)
+        if resized == "before":
+            base.resize_token_embeddings(24)
+        model = get_peft_model(base, gated_config(sampler_residual=False))
+        randomise(model)
+        make_skilled(model)
+        if resized == "after":
+            model.resize_token_embeddings(24)
+        with model.disable_adapter():
+            expected = model.generate(random_prompt(7), max_new_tokens=30, do_sample=False)
+        output = details(model)
+        assert output.sequences.tolist() == expected.tolist()
+        model.save_pretrained(tmp_path / "adapter")
+        model.unload().save_pretrained(tmp_path / "base")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        assert details(PeftModel.from_pretrained(base, tmp_path / "adapter")).step_lengths == output.step_lengths
+        with pytest.raises(ValueError, match="`base_vocab_size` is 24 in the adapter and 20 in the model"):
+            PeftModel.from_pretrained(tiny_model(shape), tmp_path / "adapter")
 
     def test_second_adapter_is_loaded_beside_the_first(self, tmp_path: Path) -> None:
         """`load_adapter` of PEFT."""

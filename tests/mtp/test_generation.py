@@ -261,6 +261,22 @@ def test_one_certain_guess_per_step() -> None:
     assert output.step_lengths == [[1, 5, 5, 5]]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+def test_autocast(attention: str, lora_dtype: torch.dtype) -> None:
+    """Each product in the dtype that autocast gives it, as in plain decoding; padding is hidden there too."""
+    model = skilled_model(attention=attention)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(lora_dtype)
+    prompt, mask = random_prompt(9), torch.tensor([[0] * 3 + [1] * 6])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = plain(model, prompt, attention_mask=mask, max_new_tokens=20)
+        output = details(model, prompt, attention_mask=mask, max_new_tokens=20)
+    assert output.sequences.tolist() == expected.tolist()
+    assert max(output.step_lengths[0]) > 1
+
+
 def test_adapter_in_fp32_on_a_base_in_bf16() -> None:
     """Mixed dtypes run, and text and steps are sound."""
     model = add_adapter(tiny_model().to(torch.bfloat16))

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -14,10 +15,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     StoppingCriteria,
     TextStreamer,
+    pipeline,
 )
 from transformers.generation import BaseStreamer
 
-from mtp.models import VOCAB_SIZE, plain, random_prompt, skilled_model
+from mtp.models import VOCAB_SIZE, gated_config, make_skilled, plain, random_prompt, skilled_model, tiny_model
 
 
 STRATEGIES = pytest.mark.parametrize("strategy", ["quadratic", "linear", "adaptive"])
@@ -252,6 +254,36 @@ class TestStreamers:
             expected = capsys.readouterr().out
             model.generate(PROMPTS[1], max_new_tokens=12, streamer=TextStreamer(tokenizer, skip_prompt=skip_prompt))
             assert capsys.readouterr().out == expected != ""
+
+
+class TestPipeline:
+    """`pipeline("text-generation")` of a model made by PEFT."""
+
+    def test_settings_of_the_model(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Guesses are as many as the model's own configuration says, and the text is the same."""
+        model = get_peft_model(tiny_model(), gated_config())
+        make_skilled(model)
+        model.generation_config.num_speculative_tokens = 2
+        inputs, call = tokenizer("hello", return_tensors="pt"), {"max_new_tokens": 30, "do_sample": False}
+        steps = model.generate(**inputs, **call, return_dict_in_generate=True).step_lengths[0]
+        assert max(steps) == 3
+
+        pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        passes = []
+        handle = model.get_base_model().get_decoder().register_forward_hook(lambda *_: passes.append(1))
+        text = pipe("hello", **call)
+        handle.remove()
+        assert len(passes) == len(steps)
+        beams = pipe("hello", **call, num_beams=3)
+        with model.disable_adapter():
+            assert pipe("hello", **call) == text
+            assert pipe("hello", **call, num_beams=3) == beams
+
+    def test_sampling_is_its_default(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """It is refused like sampling in a call."""
+        pipe = pipeline("text-generation", model=get_peft_model(tiny_model(), gated_config()), tokenizer=tokenizer)
+        with pytest.raises(ValueError, match=r"or a pipeline may set too: pass `do_sample=False`"):
+            pipe("hello", max_new_tokens=9)
 
 
 class TestOutputs:
