@@ -148,10 +148,13 @@ def check_call(
     if model_kwargs.get("past_key_values") is None:
         cause = "the model makes none of the common kind" if generation_config.use_cache else "got `use_cache=False`"
         raise ValueError(f"Multi-token decoding needs a cache, {cause}. {plain}")
-    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in KNOWN_ARGUMENTS)
+    # An empty dictionary is what `generate` itself gives to models that take images, where there is none.
+    given = {name for name, value in model_kwargs.items() if value is not None and value != {}}
+    unknown = sorted(given - KNOWN_ARGUMENTS)
     if unknown:
         raise ValueError(
-            f"`{'`, `'.join(unknown)}` would not reach the model in multi-token decoding: leave it out. {plain}"
+            f"`{'`, `'.join(unknown)}` would not reach the model, since multi-token decoding takes token ids and their "
+            f"mask alone: leave out token types, images and the like. {plain}"
         )
     for name in ("output_attentions", "output_hidden_states"):
         if generation_config.return_dict_in_generate and getattr(generation_config, name):

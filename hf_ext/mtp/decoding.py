@@ -14,7 +14,6 @@ from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLe
 
 from . import layout
 from .layout import Slots
-from .sampler import execution_device
 
 
 if TYPE_CHECKING:
@@ -100,7 +99,10 @@ class SpeculativeForward:
         self.model, self.adapter, self.cache, self.num_padding = model, adapter, cache, num_padding
         self.head: MtpHead = model.mtp_head
         self.embeddings = model.get_input_embeddings()
-        self.device = execution_device(self.embeddings)
+        # Weights that accelerate offloads are on the meta device until their module is called.
+        hook = getattr(self.embeddings, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        self.device = self.embeddings.weight.device if device is None else torch.device(device)
         self.patterns = attention_patterns(config)
         self.max_position = getattr(config, "max_position_embeddings", None)
         self.plans: dict[tuple[int, int, int, tuple[int, ...]], _Plan] = {}

@@ -13,7 +13,7 @@ from .adapter_weights import check_adapter_weights
 from .checks import check_base
 from .configuration import GatedLoraConfig
 from .generation import add_mtp_generation, remove_mtp_generation
-from .sampler import Gate, MtpHead, execution_device
+from .sampler import Gate, MtpHead
 from .two_pass import MtpForwardOutput, two_pass_forward
 
 
@@ -159,7 +159,7 @@ class GatedLoraModel(LoraModel):
         # Attached after PEFT froze the base model, which it takes for adapted before if it finds a tuner layer.
         model.mtp_head = head
         embeddings = model.get_input_embeddings()
-        with torch.device("meta" if low_cpu_mem_usage else execution_device(embeddings)):
+        with torch.device("meta" if low_cpu_mem_usage else embeddings.weight.device):
             head.add_adapter(adapter_name, config, embeddings)
         head.set_adapter(self.active_adapters, inference_mode=config.inference_mode)  # type: ignore[operator]
         add_mtp_generation(model)

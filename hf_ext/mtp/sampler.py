@@ -127,7 +127,7 @@ class MtpHead(nn.Module, BaseTunerLayer):
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         for container in self.adapter_layer_names[1:]:
             getattr(self, container)[name].to(dtype=dtype)
-        self.base_device = execution_device(embeddings)
+        self.base_device = weight.device
 
     @contextlib.contextmanager
     def onloaded(self) -> Iterator[None]:
@@ -241,18 +241,12 @@ def highest_probability(logits: torch.Tensor) -> torch.Tensor:
     return (logits.max(dim=-1).values - logits.logsumexp(dim=-1)).exp()
 
 
-def execution_device(embeddings: Any) -> torch.device:
-    """Where an embedding computes: weights that accelerate offloads are on the meta device until it is called."""
-    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
-    return embeddings.weight.device if device is None else torch.device(device)
-
-
 def _like_embeddings(embeddings: Any, num_masks: int) -> torch.Tensor:
     """Random vectors with the per-dimension mean and deviation of what the embedding gives for a token."""
-    weight, device = embeddings.weight, execution_device(embeddings)
-    if device.type == "meta":
+    weight = embeddings.weight
+    if weight.device.type == "meta":
         return torch.empty(num_masks, weight.shape[-1], device="meta", dtype=weight.dtype)
     # Through the module and not from its weight: some models (gemma) scale inside it.
-    table = embeddings(torch.arange(weight.shape[0], device=device)).detach().float()
+    table = embeddings(torch.arange(weight.shape[0], device=weight.device)).detach().float()
     vectors = table.mean(0) + table.std(0) * torch.randn(num_masks, table.shape[-1], device=table.device)
     return vectors.to(weight.dtype if weight.is_floating_point() else torch.float32)
