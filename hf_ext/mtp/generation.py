@@ -59,7 +59,8 @@ class MtpGenerationMixin(GenerationMixin):
     greedy output stays the base model's, token for token. While no such adapter is active, or adapters are disabled, it
     is plain `generate`; so are beam search and transformers' own assisted decoding.
 
-    Four arguments are added to `generate`, and are read from `model.generation_config` where a call doesn't give them:
+    Four arguments are added to `generate`, and are read from `model.generation_config` where a call doesn't give them. A
+    call that gives them beside another way to decode (`num_beams=4`, `prompt_lookup_num_tokens`) is refused.
 
     Args:
         num_speculative_tokens (`int`, *optional*, defaults to the adapter's `num_masks`):
