@@ -37,7 +37,7 @@ class Variant:
 VARIANTS = {
     "reference": Variant(),
     "no noise on the routers": Variant(arguments={"router_noise": 0.0}),
-    "a tenth of the weight on the budget": Variant(arguments={"budget_weight": 3.0}),
+    "a tenth of the weight on the budget": Variant(arguments={"budget_weight": 1.0}),
     "labels decide in half of the steps": Variant(settings={"label_forcing_ratio": 0.5}),
     "without distillation": Variant(settings={"distillation_weight": 0.0}),
     "2 experts": Variant(arguments={"num_experts": 2}),

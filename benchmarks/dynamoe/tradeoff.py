@@ -48,7 +48,7 @@ class Arguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each contender."})
     only: list[str] | None = field(default=None, metadata={"help": "Contenders to run, such as 'fixed 0.5'."})
     sensitivities: list[float] = field(
-        default_factory=lambda: [0.45, 0.65, 0.75, 0.86, 0.94],
+        default_factory=lambda: [0.35, 0.6, 0.72, 0.83, 0.95],
         metadata={"help": "Trained for alone, beside the one for all."},
     )
     fixed_shares: list[float] = field(
@@ -65,7 +65,7 @@ class Arguments:
     num_test_texts: int = field(default=128, metadata={"help": "Texts to measure on."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Of all contenders."})
     router_learning_rate: float = field(default=1e-2, metadata={"help": "Of the routers."})
-    budget_weight: float = field(default=5.0, metadata={"help": "See DynaMoeTrainingConfig."})
+    budget_weight: float = field(default=10.0, metadata={"help": "See DynaMoeTrainingConfig."})
     router_noise: float = field(default=1.0, metadata={"help": "See DynaMoeTrainingConfig."})
     threads: int | None = field(default=None, metadata={"help": "Threads; by default one for a small model."})
     results_dir: str | None = field(default=None, metadata={"help": "Where to write."})
@@ -130,7 +130,9 @@ def train(args: Arguments, contender: str, seed: int, rows: list[list[int]], **c
             "sensitivity": float(value) if routed and value else None,
             "min_sensitivity": 0.4,
             "router_steps": 20 if routed else 0,
-            "label_forcing_ratio": 0.5,
+            # Routers that learn nearness have to be good before they decide.
+            "label_forcing_ratio": 0.5 if kind == "nearness" else 0.1,
+            "label_forcing": 0.1 if kind == "nearness" else 0.0,
             "straight_through": kind == "routed",
             "budget_weight": args.budget_weight,
             "router_noise": args.router_noise,

@@ -27,7 +27,8 @@ class DynaMoeConfig(PreTrainedConfig):
         router_hidden_size (`int`, *optional*, defaults to `256`):
             Width of the router's hidden layer.
         detach_router_input (`bool`, *optional*, defaults to `True`):
-            Keeps the router's loss from reaching the model's own weights.
+            Keeps the routers' own loss from reaching the model's weights. Of a loss of the routed model, which routers learn
+            from with `router_noise`, they are a part like any other.
         similarity (`str`, *optional*, defaults to `"error"`):
             What nearness is, which the paper doesn't say: `"error"`, by which tokens to which the MLP adds little demand
             little; `"projection"`, the share of the whole MLP's output that an expert has produced; or `"cosine"`.

@@ -129,7 +129,9 @@ class NestedMlp(nn.Module):
             expert = expert.to(x.device)
         logits = nearness = hidden = chunks = None
         if expert is None or routing.wants_logits:
-            logits = self.router(x.detach() if self.config.detach_router_input else x)
+            # A loss of the routed model is a function of the choice, and the choice of what the router sees.
+            detach = self.config.detach_router_input and routing.router_noise is None
+            logits = self.router(x.detach() if detach else x)
         if routing.measures:
             hidden = self._hidden(x)
             nearness = self._measure(hidden)

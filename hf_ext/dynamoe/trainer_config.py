@@ -30,7 +30,7 @@ class DynaMoeTrainingConfig(SFTConfig):
             The least that is drawn.
         router_steps (`int`, *optional*, defaults to `200`):
             First steps in which the routers alone are trained, on the dense model (the paper's recipe leaves it open).
-        label_forcing (`float`, *optional*, defaults to `0.1`):
+        label_forcing (`float`, *optional*, defaults to `0.0`):
             Share of tokens that take the expert of their label instead of the router's choice, reached from 1 by a straight
             line over `label_forcing_ratio` of the steps.
         label_forcing_ratio (`float`, *optional*, defaults to `0.1`):
@@ -41,7 +41,7 @@ class DynaMoeTrainingConfig(SFTConfig):
             Whether behind `router_steps` ordinal routers learn from the losses of the routed model, by a straight-through
             estimator, in place of the measured nearness, which then only says how much of the MLPs each text may use. Not in
             the paper: the same compute goes where it lowers the loss most. Classifiers always learn their labels.
-        budget_weight (`float`, *optional*, defaults to `5.0`):
+        budget_weight (`float`, *optional*, defaults to `10.0`):
             Weight of the squared difference between the share of the MLPs that a text uses and that of its labels.
         router_noise (`float`, *optional*, defaults to `1.0`):
             Standard deviation of the noise on the routers' logits in training, which lets them see what other choices do.
@@ -67,7 +67,7 @@ class DynaMoeTrainingConfig(SFTConfig):
     min_sensitivity: float = field(default=0.3, metadata={"help": "Least sensitivity that is drawn."})
     router_steps: int = field(default=200, metadata={"help": "First steps, which train the routers alone."})
     label_forcing: float = field(
-        default=0.1, metadata={"help": "Share of tokens that follow their label instead of the router, at the end."}
+        default=0.0, metadata={"help": "Share of tokens that follow their label instead of the router, at the end."}
     )
     label_forcing_ratio: float = field(
         default=0.1, metadata={"help": "Share of the steps in which it falls there from 1."}
@@ -77,7 +77,7 @@ class DynaMoeTrainingConfig(SFTConfig):
         default=True, metadata={"help": "Ordinal routers learn from the losses of the routed model."}
     )
     budget_weight: float = field(
-        default=5.0, metadata={"help": "Weight of the squared difference from the labels' share of the MLPs."}
+        default=10.0, metadata={"help": "Weight of the squared difference from the labels' share of the MLPs."}
     )
     router_noise: float = field(default=1.0, metadata={"help": "Standard deviation of noise on the routers' logits."})
     eval_sensitivities: list[float] = field(

@@ -62,11 +62,10 @@ def test_the_gradient_is_that_of_the_chance_of_each_chunk():
     assert not found[-1].any()
 
 
-@pytest.mark.parametrize("detach", [True, False])
-def test_the_loss_of_the_routed_model_reaches_every_router(detach):
-    """And the layers below through the inputs of routers, only where these aren't detached."""
+def test_the_loss_of_the_routed_model_reaches_every_router():
+    """And through the inputs of routers the layers below, whether or not the routers' own loss does."""
     moe, ids = tiny_moe().train(), random_ids(2, 9)
-    moe.config.detach_router_input = detach
+    assert moe.config.detach_router_input
     noise = noise_for(moe, ids)
     moe(ids, labels=ids, sensitivity=0.5).loss.backward()
     assert not any(parameter.grad is not None for mlp in moe.nested_mlps() for parameter in mlp.router.parameters())
@@ -74,7 +73,7 @@ def test_the_loss_of_the_routed_model_reaches_every_router(detach):
     moe.zero_grad()
     moe(ids, labels=ids, sensitivity=0.5, router_noise=noise).loss.backward()
     assert all(parameter.grad.any() for mlp in moe.nested_mlps() for parameter in mlp.router.parameters())
-    assert torch.allclose(moe.get_input_embeddings().weight.grad, hard, atol=1e-6) == detach
+    assert not torch.allclose(moe.get_input_embeddings().weight.grad, hard, rtol=0.01, atol=1e-6)
 
 
 def test_a_router_learns_which_tokens_need_more():
