@@ -1,25 +1,9 @@
-"""The recipes of `examples/` as modules, and folders of clips for them."""
+"""Folders of clips for the recipes of `examples/`."""
 
 import csv
-import importlib.util
-import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
-
-from conftest import REPOSITORY
-
-
-@contextmanager
-def imported_recipe(name):
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        # A checkpoint has the arguments in it, which pickle looks for where they were defined.
-        patch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        yield module
 
 
 def write_clips(folder, rows, num_samples=8_000):

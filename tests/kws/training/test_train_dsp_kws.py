@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, BertTokenizer, DistilBertConfig, DistilBertModel
 
 from hf_ext import AutoModelForKeywordSpotting, KwsConformerConfig, KwsConformerForCTC, PhonemeTokenizer
-from kws.training.recipes import imported_recipe, write_clips
+from kws.training.recipes import write_clips
+from recipes import imported_recipe
 
 
 pytest.importorskip("soundfile")
