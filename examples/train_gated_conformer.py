@@ -13,7 +13,7 @@ trained on too (`--more_data folder`); all figures are of recordings of people.
 First every module runs, then the gates are asked, and a loss on the share of modules that run closes those that the task
 can spare. Windows without a word can count more in that loss (`--gate_noise_factor`), since training has far fewer of them
 than a day has. It hardly moves a gate that is all but open, as those of the first modules soon are for all windows; the
-cross-entropy of the gates of noise against shut ones (`--shut_loss_weight`) does. At the end it prints how accurate the model
+cross-entropy of such windows' gates against shut ones (`--shut_loss_weight`) does. At the end it prints how accurate the model
 is with and without its gates, how much of the gated work it skips where a word is and where none is, and the time that a
 window takes.
 
@@ -59,11 +59,12 @@ SMALL = {
     "kept_windows": 16_000,
     "per_device_train_batch_size": 64,
     "max_steps": 1_800,
-    "ungated_steps": 900,
+    "ungated_steps": 600,
     "gate_ramp_steps": 0,
-    "gate_loss_weight": 0.6,
-    "shut_loss_weight": 10.0,
+    "gate_loss_weight": 0.5,
+    "shut_loss_weight": 5.0,
     "gate_cost": "macs",
+    "gate_noise_factor": 0.0,
     "gate_open_probability": 0.85,
     "learning_rate": 3e-3,
     "warmup_steps": 50,
@@ -109,7 +110,7 @@ class GatedTrainingArguments(TrainingArguments):
     hide_stripes: bool = field(default=True, metadata={"help": "Hide stripes of the features, as SpecAugment does."})
     gate_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the share of modules that run."})
     shut_loss_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the cross-entropy that shuts the gates of noise."}
+        default=0.0, metadata={"help": "Weight of the cross-entropy that shuts gates for windows without a word."}
     )
     ungated_steps: int = field(default=50_000, metadata={"help": "First steps, in which every module runs."})
     gate_ramp_steps: int = field(
@@ -128,19 +129,12 @@ class GatedTrainingArguments(TrainingArguments):
     report_to: str = field(default="none")
 
 
-class WindowCollator(KwsWindowDataCollator):
-    """Says of each window whether it is noise alone. Words at the edge are no keywords either, but speech."""
-
-    def __call__(self, windows: list[dict]) -> dict[str, torch.Tensor]:
-        return {**super().__call__(windows), "is_noise": torch.tensor([one["kind"] == "noise" for one in windows])}
-
-
-def shut_loss(outputs, is_noise: torch.Tensor, macs: tuple[int, ...]) -> torch.Tensor:
-    """Cross-entropy of the gates of noise against shut ones, by the modules' work; a mean over all windows."""
+def shut_loss(outputs, labels: torch.Tensor, macs: tuple[int, ...]) -> torch.Tensor:
+    """Cross-entropy against shut gates of windows without a word, by the modules' work; a mean over all windows."""
     probabilities = outputs.gate_probabilities[:, 0].float()
     entropy = -torch.log1p(-probabilities.clamp(max=1 - 1e-6))
     shares = entropy.new_tensor(macs) / sum(macs)
-    return (entropy @ shares).where(is_noise, 0.0).mean()
+    return (entropy @ shares).where(labels < 0, 0.0).mean()
 
 
 class GatedTrainer(Trainer):
@@ -150,7 +144,6 @@ class GatedTrainer(Trainer):
         if model.training and self.args.hide_stripes:
             # Here and not with the batches: a training that goes on where it stopped hides the same stripes.
             inputs["input_features"] = spec_augment(inputs["input_features"])
-        is_noise = inputs.pop("is_noise")
         gated_steps = self.state.global_step - self.args.ungated_steps
         outputs = model(**inputs, gated=gated_steps >= 0)
         loss = outputs.loss
@@ -158,14 +151,14 @@ class GatedTrainer(Trainer):
             reached = min(1.0, gated_steps / max(self.args.gate_ramp_steps, 1))
             loss = loss - (1 - reached) * self.args.gate_loss_weight * outputs.gate_loss
             macs = self.accelerator.unwrap_model(model).count_macs().modules
-            loss = loss + reached * self.args.shut_loss_weight * shut_loss(outputs, is_noise, macs)
+            loss = loss + reached * self.args.shut_loss_weight * shut_loss(outputs, inputs["labels"], macs)
         return (loss, outputs) if return_outputs else loss
 
 
 class KeptWindows(Dataset):
     """Windows with their features, which are computed once: most of the time of a small model's step goes there."""
 
-    def __init__(self, windows: KwsWindowDataset, collator: WindowCollator):
+    def __init__(self, windows: KwsWindowDataset, collator: KwsWindowDataCollator):
         self.windows, self.collator, self.kept = windows, collator, {}
 
     def __len__(self) -> int:
@@ -221,7 +214,7 @@ def main(recipe: RecipeArguments, args: GatedTrainingArguments):
         seed=args.seed,
     )
     extractor = normalising_extractor(train_windows, recipe.num_mel_bins)
-    collator = WindowCollator(extractor)
+    collator = KwsWindowDataCollator(extractor)
     model = GatedConformerForKeywordDetection(
         GatedConformerConfig(
             hidden_size=recipe.hidden_size,
