@@ -50,7 +50,7 @@ def to_clips(raw_speech: Any, channel_axis: int | None) -> list[torch.Tensor]:
         if whole.ndim != dimensions + 1:
             return [to_mono_float(whole, channel_axis, "raw_speech")]
         if len(whole) == 0:
-            raise ValueError(f"`raw_speech` is empty: its shape is {whole.shape}.")
+            raise ValueError(f"`raw_speech` is empty: its shape is {whole.shape}. Leave such clips out.")
         if channel_axis is None and 1 < whole.shape[1] <= _MOST_CHANNELS < len(whole):
             # soundfile's way to hold channels, which would pass for thousands of clips of a few samples.
             raise _channels_not_named("raw_speech", whole.shape)
@@ -82,7 +82,7 @@ def to_mono_float(clip: Any, channel_axis: int | None, name: str, may_be_empty: 
         wanted = "(samples,)" if channel_axis is None else f"two axes, with the channels on axis {channel_axis}"
         raise ValueError(f"`{name}` has the shape {array.shape}; it must have {wanted}.")
     if array.size == 0 and not may_be_empty:
-        raise ValueError(f"`{name}` is empty: its shape is {array.shape}.")
+        raise ValueError(f"`{name}` is empty: its shape is {array.shape}. Leave such clips out.")
     samples = _as_floats(array, name)
     if channel_axis is not None:
         if channel_axis not in (-2, -1, 0, 1):
@@ -139,7 +139,10 @@ def _as_floats(array: np.ndarray, name: str) -> np.ndarray:
         )
     samples = array.astype(np.float32)
     if not np.isfinite(samples).all():
-        raise ValueError(f"`{name}` has {int((~np.isfinite(samples)).sum())} samples that are NaN or infinite.")
+        raise ValueError(
+            f"`{name}` has {int((~np.isfinite(samples)).sum())} samples that are NaN or infinite: look at what made them, or "
+            "put 0 in their place (`numpy.nan_to_num(audio, posinf=0, neginf=0)`)."
+        )
     if samples.size and np.abs(samples).max() > _LARGEST_FLOAT:
         raise ValueError(
             f"`{name}` has floats up to {np.abs(samples).max():g} where -1 to 1 is full scale: 16-bit PCM that became "
