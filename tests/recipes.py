@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -21,3 +22,8 @@ def imported_recipe(name: str) -> Iterator[ModuleType]:
         patch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
         yield module
+
+
+def as_words(settings: dict[str, Any]) -> list[str]:
+    """As they would be typed."""
+    return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]

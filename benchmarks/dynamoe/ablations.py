@@ -13,13 +13,12 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
 
 from benchmarks.dynamoe import tradeoff
-from benchmarks.mtp.reporting import RESULTS, Table, last_part, load_base, set_threads, write
+from benchmarks.mtp.reporting import Table, last_part, write
 
 
 SHARES = (0.5, 0.75, 1.0)
@@ -84,13 +83,8 @@ def tables(rows: list[dict[str, Any]], dense_before: float) -> list[Table]:
 
 
 def main(args: Arguments) -> None:
-    dense, tokenizer = load_base(args.model)
-    set_threads(dense, args.threads)
-    folder = RESULTS / "dynamoe" if args.results_dir is None else Path(args.results_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, dense, _, train_rows, test = tradeoff.prepare(args)
     name = f"ablations_{last_part(args.model)}_{args.steps}_steps"
-    train_rows = tradeoff.texts(args, folder, dense, tokenizer, args.num_texts, 12)
-    test = tradeoff.texts(args, folder, dense, tokenizer, args.num_test_texts, 11)
     dense_before = tradeoff.perplexity(tradeoff.convert(args, train_rows, None), test, sensitivity=1.0)[0]
     path = folder / f"{name}.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from scipy.stats import spearmanr
 from transformers import HfArgumentParser
 
 from benchmarks.dynamoe import tradeoff
-from benchmarks.mtp.reporting import RESULTS, Table, last_part, load_base, set_threads, write
+from benchmarks.mtp.reporting import Table, last_part, write
 
 
 CONTENDERS = ("routed", "nearness")
@@ -77,12 +76,7 @@ def by_token(found: dict[str, torch.Tensor], tokenizer: Any) -> list[tuple[str, 
 
 
 def main(args: Arguments) -> None:
-    dense, tokenizer = load_base(args.model)
-    set_threads(dense, args.threads)
-    folder = RESULTS / "dynamoe" if args.results_dir is None else Path(args.results_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    train_rows = tradeoff.texts(args, folder, dense, tokenizer, args.num_texts, 12)
-    test = tradeoff.texts(args, folder, dense, tokenizer, args.num_test_texts, 11)
+    _, dense, tokenizer, train_rows, test = tradeoff.prepare(args)
     figures, quarters, examples = [], [], []
     for contender in CONTENDERS:
         moe = tradeoff.train(args, contender, args.seeds[0], train_rows)

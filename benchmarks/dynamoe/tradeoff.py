@@ -255,14 +255,22 @@ def tables(rows: list[dict[str, Any]], dense_before: float) -> tuple[list[Table]
     ], lead
 
 
-def main(args: Arguments) -> None:
+def prepare(args: Arguments) -> tuple[Path, Any, Any, list[list[int]], list[list[int]]]:
+    """The folder of the results, the dense model and its tokenizer, and texts to train on and to measure on."""
     dense, tokenizer = load_base(args.model)
     set_threads(dense, args.threads)
     folder = RESULTS / "dynamoe" if args.results_dir is None else Path(args.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        texts(args, folder, dense, tokenizer, count, seed)
+        for count, seed in ((args.num_texts, 12), (args.num_test_texts, 11))
+    ]
+    return folder, dense, tokenizer, rows[0], rows[1]
+
+
+def main(args: Arguments) -> None:
+    folder, dense, _, train_rows, test = prepare(args)
     name = f"tradeoff_{last_part(args.model)}_{args.steps}_steps"
-    train_rows = texts(args, folder, dense, tokenizer, args.num_texts, 12)
-    test = texts(args, folder, dense, tokenizer, args.num_test_texts, 11)
     dense_before = perplexity(convert(args, train_rows, None), test, sensitivity=1.0)[0]
 
     contenders = ["routed", *(f"routed {s:g}" for s in args.sensitivities), "nearness", "elastic", "random"]

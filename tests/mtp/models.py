@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -179,3 +181,14 @@ def disabled(model: Any) -> Iterator[None]:
 def details(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Multi-token generation with all that it tells."""
     return model.generate(*args, return_dict_in_generate=True, **kwargs)
+
+
+def saved_skilled_model(folder: Path) -> tuple[Path, Path]:
+    """A base model and an adapter that guesses right, each in a folder of its own."""
+    base, adapter = folder / "base", folder / "adapter"
+    tiny_model().save_pretrained(base)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), gated_config(sampler_residual=False))
+    randomise(model)
+    make_skilled(model)
+    model.save_pretrained(adapter)
+    return base, adapter

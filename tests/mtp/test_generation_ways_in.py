@@ -4,29 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
 from hf_ext import mtp_generate
 from mtp.models import (
     details,
-    gated_config,
-    make_skilled,
     random_prompt,
-    randomise,
-    tiny_model,
+    saved_skilled_model,
 )
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    base, adapter = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
-    tiny_model().save_pretrained(base)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), gated_config(sampler_residual=False))
-    randomise(model)
-    make_skilled(model)
-    model.save_pretrained(adapter)
-    return base, adapter
+    return saved_skilled_model(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mtp.models import (
     add_adapter,
     details,
-    gated_config,
     make_skilled,
     random_prompt,
-    randomise,
+    saved_skilled_model,
     skilled_model,
     tiny_model,
 )
@@ -78,13 +77,7 @@ def test_new_adapter_on_a_dispatched_model() -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    base, adapter = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
-    tiny_model().save_pretrained(base)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), gated_config(sampler_residual=False))
-    randomise(model)
-    make_skilled(model)
-    model.save_pretrained(adapter)
-    return base, adapter
+    return saved_skilled_model(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("add", ["new", "peft", "transformers"])

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from dynamoe.models import tiny_model
 from dynamoe.training.setting import tiny_tokenizer
-from recipes import imported_recipe
+from recipes import as_words, imported_recipe
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,8 @@ def run(recipe, dense, folder, **changes):
         "disable_tqdm": True,
         **changes,
     }
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     parser = HfArgumentParser((recipe.RecipeArguments, recipe.NestedTrainingArguments))
-    recipe.main(*parser.parse_args_into_dataclasses(words))
+    recipe.main(*parser.parse_args_into_dataclasses(as_words(settings)))
 
 
 def test_it_needs_nothing_but_the_model(recipe, dense, tmp_path, capsys):

@@ -9,7 +9,7 @@ from transformers import AutoProcessor, HfArgumentParser
 
 from hf_ext import AutoModelForKeywordSpotting, KwsConformerConfig, KwsConformerForCTC, KwsProcessor
 from kws.training.recipes import write_clips
-from recipes import imported_recipe
+from recipes import as_words, imported_recipe
 
 
 pytest.importorskip("soundfile")
@@ -55,9 +55,8 @@ def run(recipe, clips, folder, **changes):
         "use_cpu": True,
         **changes,
     }
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     parser = HfArgumentParser((recipe.RecipeArguments, recipe.CedTrainingArguments))
-    recipe.main(*parser.parse_args_into_dataclasses(words))
+    recipe.main(*parser.parse_args_into_dataclasses(as_words(settings)))
     return {name: load_file(folder / name / "model.safetensors") for name in STAGES}
 
 

@@ -11,7 +11,7 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 from hf_ext import KwsWindowDataCollator, KwsWindowDataset
 from hf_ext.kws.modeling_gated_conformer_outputs import GatedConformerOutput
 from kws.training.recipes import write_clips
-from recipes import imported_recipe
+from recipes import as_words, imported_recipe
 
 
 soundfile = pytest.importorskip("soundfile")
@@ -53,8 +53,7 @@ def run(recipe, folders, output_dir, **changes):
         **SIZES,
         **changes,
     }
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    recipe.main(*recipe.read_arguments(words))
+    recipe.main(*recipe.read_arguments(as_words(settings)))
 
 
 def test_trains_saves_and_goes_on_where_it_stopped(recipe, folders, tmp_path, capsys):

@@ -7,7 +7,7 @@ from transformers import AutoProcessor, HfArgumentParser
 
 from hf_ext import AutoModelForKeywordSpotting, PhonemeTokenizer
 from kws.training.recipes import write_clips
-from recipes import imported_recipe
+from recipes import as_words, imported_recipe
 
 
 pytest.importorskip("soundfile")
@@ -43,9 +43,8 @@ def run(recipe, clips, folder, **changes):
         "use_cpu": True,
         **changes,
     }
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     parser = HfArgumentParser((recipe.RecipeArguments, recipe.SlickTrainingArguments))
-    recipe.main(*parser.parse_args_into_dataclasses(words))
+    recipe.main(*parser.parse_args_into_dataclasses(as_words(settings)))
     return load_file(folder / "model.safetensors")
 
 
