@@ -59,7 +59,7 @@ class Arguments:
     )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def bare_loop(
     model: Any,
     input_ids: torch.Tensor,
@@ -82,7 +82,7 @@ def bare_loop(
     return torch.cat(pieces, dim=1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def own_loop(
     model: Any,
     input_ids: torch.Tensor,
@@ -196,7 +196,6 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-@torch.no_grad()
 def filled_cache(model: Any, context: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     ids = torch.randint(3, model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
@@ -229,7 +228,7 @@ def bare_pass(model: Any, cache: DynamicCache, slots: layout.Slots, num_logits: 
     return run
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def floor(base: Any, args: Arguments) -> dict[int, float]:
     """Milliseconds of a pass of the bare model over so many positions, one set of logits each."""
     cache = filled_cache(base, args.context)
@@ -237,7 +236,7 @@ def floor(base: Any, args: Arguments) -> dict[int, float]:
     return timed(calls, args.pieces, base.device, "passes")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def taken_to_pieces(base: Any, adapted: Any, strategy: str, k: int, args: Arguments) -> dict[str, float]:
     """
     Milliseconds of the pieces of one full step: tokens to verify, masks beside them, LoRA on the masks, drafting,

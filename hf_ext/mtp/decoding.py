@@ -194,6 +194,14 @@ class SpeculativeForward:
             yield
         finally:
             handle.remove()
+            self._leave_inference_mode()
+
+    def _leave_inference_mode(self) -> None:
+        # The caller may go on with the cache in any mode, and tensors of inference mode can't be learned from.
+        with torch.inference_mode(False):
+            for layer in self.cache.layers:
+                if layer.is_initialized and layer.keys.is_inference():
+                    layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
     def _plan(self, num_tokens: int, num_guesses: int, num_masks: int, blocks: tuple[int, ...], past: int) -> _Plan:
         key = (num_tokens, num_guesses, num_masks, blocks)
@@ -357,11 +365,13 @@ class Emitter:
             `int`: the number of guesses emitted; one more token was emitted behind them.
         """
         choices = None if self.needs_rows else logits.argmax(dim=-1).tolist()
-        for index in range(len(guesses) + 1):
-            token = self._choose(logits[index : index + 1]) if choices is None else choices[index]
-            self._emit(token)
-            if self.finished or index == len(guesses) or guesses[index] != token:
-                break
+        # Others' code, and what the caller keeps: as in plain decoding these are tensors without gradients, no more.
+        with torch.inference_mode(False), torch.no_grad():
+            for index in range(len(guesses) + 1):
+                token = self._choose(logits[index : index + 1]) if choices is None else choices[index]
+                self._emit(token)
+                if self.finished or index == len(guesses) or guesses[index] != token:
+                    break
         return index
 
     def _choose(self, row: torch.Tensor) -> int:

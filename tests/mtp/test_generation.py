@@ -150,6 +150,21 @@ def test_returned_cache_can_be_continued(shape: str) -> None:
     assert plain(model, first.sequences, past_key_values=cache, max_new_tokens=14).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("shape", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("length", [3, 15])
+def test_returned_cache_can_be_learned_from(shape: str, length: int) -> None:
+    """The loop is in inference mode, what it leaves is not: a loss over further tokens reaches the weights."""
+    model = skilled_model(shape).requires_grad_(True)
+    for given in (None, DynamicCache(config=model.config)):
+        found = details(model, random_prompt(length), max_new_tokens=14, past_key_values=given)
+        assert not found.sequences.is_inference()
+        cache = found.past_key_values
+        loss = model(random_prompt(5), past_key_values=cache, labels=random_prompt(5)).loss
+        (gradient,) = torch.autograd.grad(loss, model.get_output_embeddings().weight)
+        assert gradient.norm() > 0
+        cache.layers[0].keys.zero_()
+
+
 def test_guesses_come_true(llama: PreTrainedModel) -> None:
     """The tests of this file do exercise acceptance: a skilled adapter emits well over one token per step."""
     rates = [

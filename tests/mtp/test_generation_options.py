@@ -217,6 +217,37 @@ class TestProcessors:
         tokens = same(model, PROMPTS[1], logits_processor=[InPlace()])
         assert 15 not in tokens
 
+    def test_ordinary_tensors(self, model: PreTrainedModel) -> None:
+        """Whatever others' code is given, and what is returned, may be changed and learned from, as in plain decoding."""
+        given: list[torch.Tensor] = []
+
+        class Keeps(LogitsProcessor, StoppingCriteria, BaseStreamer):
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                assert not torch.is_inference_mode_enabled()
+                given.extend((input_ids, scores) if isinstance(scores, torch.Tensor) else (input_ids,))
+                return scores if isinstance(scores, torch.Tensor) else torch.tensor([False])
+
+            def put(self, value: torch.Tensor) -> None:
+                given.append(value)
+
+            def end(self) -> None:
+                pass
+
+        keeps = Keeps()
+        output = model.generate(
+            PROMPTS[1],
+            max_new_tokens=9,
+            logits_processor=[keeps],
+            stopping_criteria=[keeps],
+            streamer=keeps,
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=True,
+        )
+        tensors = [*given, output.sequences, *output.scores, *output.logits]
+        assert len(tensors) > 4 * 9
+        assert not any(tensor.is_inference() for tensor in tensors)
+
 
 class Recorder(BaseStreamer):
     """Keeps what it is given."""
