@@ -164,7 +164,8 @@ class DynaMoeTrainer(SFTTrainer):
         sensitivity, drawn = self._draw(inputs["input_ids"], mask)
         routers_alone = self._routers_alone()
         used = torch.ones_like(sensitivity) if routers_alone else sensitivity
-        losses, outputs = self._losses(model, inputs, used, drawn, sensitivity)
+        by_row, outputs = self._losses(model, inputs, used, drawn, sensitivity)
+        losses = {name: values.sum() for name, values in by_row.items()}
         num_tokens = inputs.get("dynamoe_num_tokens", mask.sum()).clamp(min=1)
         num_labels = (labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
         if "budget_loss" in losses:
@@ -179,7 +180,7 @@ class DynaMoeTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP averages gradients over processes, and the counts are those of all of them.
             loss = loss * self.accelerator.num_processes
-        self._record("train", inputs, outputs, losses, sensitivity)
+        self._record("train", inputs, outputs, by_row, sensitivity)
         return (loss, outputs) if return_outputs else loss
 
     def _routers_alone(self) -> bool:
@@ -214,7 +215,7 @@ class DynaMoeTrainer(SFTTrainer):
         drawn: dict[str, torch.Tensor],
         label_sensitivity: torch.Tensor,
     ) -> tuple[dict[str, torch.Tensor], Any]:
-        """Sums over the tokens of a batch, and the model's outputs."""
+        """For each row the sums over its tokens, and the model's outputs."""
         mask, labels = inputs["attention_mask"], inputs["labels"][:, 1:]
         outputs = model(
             input_ids=inputs["input_ids"],
@@ -226,11 +227,12 @@ class DynaMoeTrainer(SFTTrainer):
             **drawn,
         )
         logits = outputs.logits[:, :-1].float()
+        of_labels = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        )
         losses = {
-            "router_loss": (self.routed.router_losses(outputs, label_sensitivity[:, None]) * mask).sum(),
-            "lm_loss": F.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-            ),
+            "router_loss": (self.routed.router_losses(outputs, label_sensitivity[:, None]) * mask).sum(1),
+            "lm_loss": of_labels.view_as(labels).sum(1),
         }
         if "router_noise" in drawn:
             losses["budget_loss"] = self._budget_loss(outputs, label_sensitivity[:, None], mask)
@@ -240,7 +242,7 @@ class DynaMoeTrainer(SFTTrainer):
             divergence = F.kl_div(
                 logits.log_softmax(-1), said[:, :-1].float().log_softmax(-1), reduction="none", log_target=True
             )
-            losses["distillation_loss"] = (divergence.sum(-1) * (labels != IGNORE_INDEX)).sum()
+            losses["distillation_loss"] = (divergence.sum(-1) * (labels != IGNORE_INDEX)).sum(1)
         return losses, outputs
 
     def _budget_loss(self, outputs: Any, sensitivity: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -255,7 +257,7 @@ class DynaMoeTrainer(SFTTrainer):
         used = (torch.stack(choices) * widths.diff(prepend=widths.new_zeros(1))).sum(-1).mean(0)
         wanted = widths[smallest_sufficient(outputs.nearness, sensitivity)].mean(0)
         num_tokens = mask.sum(1)
-        return (((used - wanted) * mask).sum(1).square() / num_tokens.clamp(min=1)).sum()
+        return ((used - wanted) * mask).sum(1).square() / num_tokens.clamp(min=1)
 
     @torch.no_grad()
     def _record(
@@ -267,12 +269,11 @@ class DynaMoeTrainer(SFTTrainer):
         sensitivity: torch.Tensor,
         prefix: str = "",
     ) -> None:
-        gather, config = self.accelerator.gather_for_metrics, self.routed.config
-        mask = inputs["attention_mask"].bool()
-        num_tokens, num_labels = mask.sum(), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+        config, mask = self.routed.config, inputs["attention_mask"].bool()
+        num_tokens, num_labels = mask.sum(1), (inputs["labels"][:, 1:] != IGNORE_INDEX).sum(1)
         pairs = {
-            name: torch.stack([value.detach().float(), num_tokens if name in OF_TOKENS else num_labels])
-            for name, value in losses.items()
+            name: torch.stack([values.detach().float(), num_tokens if name in OF_TOKENS else num_labels], -1)
+            for name, values in losses.items()
         }
         widths = torch.tensor(config.expert_widths, device=mask.device) / config.expert_widths[-1]
         # Of the routers' own choices: while they train alone the model runs dense.
@@ -284,17 +285,24 @@ class DynaMoeTrainer(SFTTrainer):
             "router_accuracy": (chosen == wanted).float().mean(0),
         }
         for name, values in of_tokens.items():
-            pairs[name] = torch.stack([(values * mask).sum(), num_tokens])
-        for name, pair in zip(pairs, gather(torch.stack(list(pairs.values())).float()[None]).sum(0), strict=True):
+            pairs[name] = torch.stack([(values * mask).sum(1), num_tokens], -1)
+        for name, pair in zip(pairs, self._over_rows(mode, torch.stack(list(pairs.values()), 1)), strict=True):
             self._totals[mode][prefix + name] = self._totals[mode].get(prefix + name, 0) + pair
         if mode == "train":
-            self._total_train_tokens += gather(num_tokens).sum().item()
+            self._total_train_tokens += self._over_rows(mode, num_tokens).item()
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
             return
-        pairs_of_experts = (wanted * config.num_experts + chosen)[:, mask]
-        counts = torch.stack([p.bincount(minlength=config.num_experts**2) for p in pairs_of_experts])
-        counts = gather(counts[None]).sum(0).unflatten(-1, (config.num_experts, config.num_experts)).cpu()
+        pairs_of_experts = (wanted * config.num_experts + chosen).transpose(0, 1)
+        counts = pairs_of_experts.new_zeros(*pairs_of_experts.shape[:2], config.num_experts**2)
+        counts.scatter_add_(-1, pairs_of_experts, mask[:, None].to(counts).expand_as(pairs_of_experts))
+        counts = self._over_rows(mode, counts).unflatten(-1, (config.num_experts, config.num_experts)).cpu()
         self.confusion[float(sensitivity[0])] = self.confusion.get(float(sensitivity[0]), 0) + counts
+
+    def _over_rows(self, mode: str, rows: torch.Tensor) -> torch.Tensor:
+        """The sum over the rows of a batch on all processes; an evaluation leaves out those that only fill it up."""
+        if mode == "train":  # which learns from them too
+            return self.accelerator.gather(rows.sum(0, keepdim=True)).sum(0)
+        return self.accelerator.gather_for_metrics(rows).sum(0)
 
     def _figures(self, mode: str) -> dict[str, float]:
         """Averages since the last call, over all tokens, however these were spread over batches."""
@@ -324,7 +332,7 @@ class DynaMoeTrainer(SFTTrainer):
                 sensitivity = torch.full((rows,), value, device=inputs["input_ids"].device)
                 losses, outputs = self._losses(model, inputs, sensitivity, {}, sensitivity)
                 self._record("eval", inputs, outputs, losses, sensitivity, prefix=f"{value:g}_")
-        return losses["lm_loss"].detach(), None, None
+        return losses["lm_loss"].sum().detach(), None, None
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
