@@ -160,12 +160,12 @@ def checked_widths(widths: Any, width: int) -> list[int]:
     return widths
 
 
-def checked_sensitivity(sensitivity: Any) -> float:
-    """The sensitivity as a float, if it lies between 0 and 1."""
+def checked_sensitivity(sensitivity: Any, name: str = "sensitivity") -> float:
+    """The sensitivity as a float, if it lies between 0 and 1; `name` is what the caller calls it."""
     if isinstance(sensitivity, bool) or not isinstance(sensitivity, (int, float)):
-        raise ValueError(f"`sensitivity` must be a number from 0 to 1, got {sensitivity!r}.")
+        raise ValueError(f"`{name}` must be a number from 0 to 1, got {sensitivity!r}.")
     if math.isnan(sensitivity) or not 0 <= sensitivity <= 1:
-        raise ValueError(f"`sensitivity` must lie between 0 (smallest expert) and 1 (dense model), got {sensitivity}.")
+        raise ValueError(f"`{name}` must lie between 0 (smallest expert) and 1 (dense model), got {sensitivity}.")
     return float(sensitivity)
 
 

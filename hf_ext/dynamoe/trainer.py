@@ -17,6 +17,7 @@ from hf_ext.row_generators import row_generator
 
 from .modeling_dynamoe import DynaMoeForCausalLM
 from .routing import smallest_sufficient, straight_through
+from .trainer_checks import check_functions, check_routers, check_settings, check_teacher
 from .trainer_config import DynaMoeTrainingConfig
 
 
@@ -45,11 +46,13 @@ class DynaMoeTrainer(SFTTrainer):
         teacher_model ([`~transformers.PreTrainedModel`], *optional*):
             The dense model to stay near, with `distillation_weight`. By default a copy of `model` at full sensitivity.
         train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config and the rest:
-            As in [`~trl.SFTTrainer`].
+            As in [`~trl.SFTTrainer`], except for functions of logits, which differ with the sensitivity: `compute_metrics`,
+            `preprocess_logits_for_metrics` and `compute_loss_func`.
 
     Raises:
-        TypeError: for a model that is not converted, or another kind of `args`.
-        ValueError: for classifiers without a sensitivity, and routers alone on a trunk that they reach.
+        TypeError: for a model that is not converted, another kind of `args`, and a teacher that is no model.
+        ValueError: for classifiers without a sensitivity; for routers alone on a trunk that they reach, or that are frozen; for
+            functions of logits, and a teacher of another vocabulary or without weight.
 
     Example:
 
@@ -92,27 +95,23 @@ class DynaMoeTrainer(SFTTrainer):
         if not isinstance(args, DynaMoeTrainingConfig):
             raise TypeError(f"`args` must be a DynaMoeTrainingConfig, got {type(args).__name__}.")
         if isinstance(model, str):
-            model = DynaMoeForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            # As SFT does: updates at usual rates vanish in weights of 16 bits.
+            model = DynaMoeForCausalLM.from_pretrained(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
         routed = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not isinstance(routed, DynaMoeForCausalLM):
             raise TypeError(
                 f"`model` must be a DynaMoeForCausalLM, got {type(routed).__name__}: see `convert_to_dynamoe`."
             )
-        if routed.config.router_type == "classifier":
-            if args.sensitivity is None:
-                raise ValueError(
-                    "`sensitivity` is needed: the routers are classifiers, whose labels are made with one."
-                )
-            routed.config.sensitivity = args.sensitivity
-        if args.router_steps and not routed.config.detach_router_input:
-            raise ValueError(
-                f"`router_steps`={args.router_steps} trains routers alone, but with `detach_router_input=False` their loss "
-                "moves the whole model: use 0, or detach."
-            )
+        check_settings(args, routed)
+        check_functions(kwargs)
+        check_teacher(teacher_model, args, routed)
         if args.distillation_weight and teacher_model is None:
             teacher_model = copy.deepcopy(routed).requires_grad_(False)
             teacher_model.config.sensitivity = 1.0
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        check_routers(args, self.model)
+        if args.sensitivity is not None and routed.config.router_type == "classifier":
+            self.routed.config.sensitivity = args.sensitivity
         self.teacher = None
         if teacher_model is not None:
             self.teacher = self.accelerator.prepare_model(teacher_model.eval(), evaluation_mode=True)
@@ -127,7 +126,10 @@ class DynaMoeTrainer(SFTTrainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        is_given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
+        if is_given:  # with rates of its own
+            return optimizer
         named = (self.model if model is None else model).named_parameters()
         routers = {id(parameter) for name, parameter in named if ".router." in name}
         for group in list(optimizer.param_groups):
@@ -377,6 +379,11 @@ class DynaMoeTrainer(SFTTrainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         figures = self._figures("eval")
+        if not any(name.endswith("_lm_loss") for name in figures):
+            raise ValueError(
+                "`eval_dataset` has no token to predict: every row is a single token, or its labels are all ignored. Give longer "
+                "rows, or raise `max_length` if it cuts completions off."
+            )
         by_sensitivity = [figures[f"{value:g}_lm_loss"] for value in self._evaluated]
         # In place of a mean over batches: the mean over sensitivities of the losses over all tokens.
         figures["loss"] = sum(by_sensitivity) / len(by_sensitivity)

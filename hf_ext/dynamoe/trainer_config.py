@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
@@ -46,14 +47,15 @@ class DynaMoeTrainingConfig(SFTConfig):
         router_noise (`float`, *optional*, defaults to `1.0`):
             Standard deviation of the noise on the routers' logits in training, which lets them see what other choices do.
         eval_sensitivities (`list[float]`, *optional*, defaults to `[0.5, 0.7, 0.8, 0.9, 1.0]`):
-            What is evaluated; classifiers have their own and 1.
+            What is evaluated, each at the cost of a pass of its own; classifiers have their own and 1.
         learning_rate (`float`, *optional*, defaults to `1e-5`):
             Initial learning rate of everything else.
         gradient_checkpointing (`bool`, *optional*):
             Off by default, unlike in SFT; `activation_checkpointing=True` turns it on.
 
     Raises:
-        ValueError: for negative weights, steps and noise, shares and sensitivities outside 0 to 1, and options of SFT that have no effect.
+        ValueError: for weights, rates, steps and noise that are negative or no numbers, shares and sensitivities outside 0 to 1,
+            none or the same twice to evaluate, and options of SFT that have no effect.
     """
 
     lm_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the routed model's next-token loss."})
@@ -92,14 +94,21 @@ class DynaMoeTrainingConfig(SFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         weights = ("lm_loss_weight", "router_loss_weight", "distillation_weight", "budget_weight")
-        for name in (*weights, "router_steps", "router_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        for name in (*weights, "router_steps", "router_noise", "router_learning_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be a number of at least 0, got {getattr(self, name)}.")
         for name in ("label_forcing", "label_forcing_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be from 0 to 1, got {getattr(self, name)}.")
-        for sensitivity in (self.min_sensitivity, *self.eval_sensitivities, *filter(None, [self.sensitivity])):
-            checked_sensitivity(sensitivity)
+        if not self.eval_sensitivities or len(set(self.eval_sensitivities)) < len(self.eval_sensitivities):
+            raise ValueError(
+                f"`eval_sensitivities` must be at least one sensitivity and none twice, got {self.eval_sensitivities}."
+            )
+        for sensitivity in self.eval_sensitivities:
+            checked_sensitivity(sensitivity, "eval_sensitivities")
+        checked_sensitivity(self.min_sensitivity, "min_sensitivity")
+        if self.sensitivity is not None:
+            checked_sensitivity(self.sensitivity)
         if self.packing or self.padding_free or self.eval_packing:
             raise ValueError(
                 "`packing` and `padding_free` put several texts into one row, and a row draws one sensitivity for all. Leave "

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from dynamoe.models import tiny_model
-from dynamoe.training.setting import logged, nested, settings, texts, tiny_trainer, weights_of
+from dynamoe.training.setting import logged, nested, settings, texts, tiny_tokenizer, tiny_trainer, weights_of
 from hf_ext import DynaMoeTrainer
 
 
@@ -249,3 +250,90 @@ def test_wrong_settings_are_refused(tmp_path, option, value):
     """With the name of the setting."""
     with pytest.raises(ValueError, match=f"`{option}`"):
         settings(tmp_path, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("router_learning_rate", -1e-3),
+        ("router_learning_rate", float("nan")),
+        ("lm_loss_weight", float("nan")),
+        ("budget_weight", float("inf")),
+        ("min_sensitivity", -0.1),
+        ("eval_sensitivities", []),
+        ("eval_sensitivities", [0.5, 0.5]),
+        ("eval_sensitivities", [0.5, 1.5]),
+    ],
+)
+def test_numbers_that_would_pass_unseen_are_refused(tmp_path, option, value):
+    """An optimizer asks no rate of a group that is added to it, and NaN is less than nothing."""
+    with pytest.raises(ValueError, match=rf"`{option}` must.*got"):
+        settings(tmp_path, **{option: value})
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"])
+def test_functions_that_would_never_be_called_are_refused(tmp_path, name):
+    def own_function(*_):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=rf"`{name}=own_function` would never be called.*Instead"):
+        DynaMoeTrainer(model=nested(), args=settings(tmp_path), train_dataset=texts(), **{name: own_function})
+
+
+def test_a_teacher_that_can_t_teach_is_refused(tmp_path):
+    """No model, one that would run for nothing, one of other tokens."""
+    with pytest.raises(TypeError, match=r"`teacher_model` must be a model, got 'dense'.*load it first"):
+        tiny_trainer(tmp_path, teacher_model="dense", distillation_weight=1.0)
+    with pytest.raises(ValueError, match=r"`teacher_model` is given, but with `distillation_weight=0\.0`"):
+        tiny_trainer(tmp_path, teacher_model=tiny_model())
+    with pytest.raises(ValueError, match="`teacher_model` has a vocabulary of 50 and the model one of 40"):
+        tiny_trainer(tmp_path, teacher_model=tiny_model(vocab_size=50), distillation_weight=1.0)
+
+
+def test_routers_that_are_frozen_can_t_be_trained_alone(tmp_path):
+    """But a model with routers that are trained may be adapted around them."""
+    config = LoraConfig(r=2, target_modules=["up_proj"])
+    with pytest.raises(ValueError, match=r"`router_steps`=2 .*frozen.*`modules_to_save=\[\"router\"\]`"):
+        tiny_trainer(tmp_path, peft_config=config, router_steps=2)
+    moved = moved_by(tiny_trainer(tmp_path, peft_config=config, label_forcing=1.0))
+    assert moved and all("lora_" in name for name in moved)
+
+
+def test_a_classifier_without_a_sensitivity_of_its_own_is_left_as_it_was(tmp_path):
+    """At full sensitivity every label is the whole MLP."""
+    model = nested("classifier")
+    with pytest.raises(ValueError, match=r"`sensitivity` is needed.*below 1, got 1\.0"):
+        tiny_trainer(tmp_path, model=model, sensitivity=1.0)
+    with pytest.raises(ValueError, match="`teacher_model`"):
+        tiny_trainer(tmp_path, model=model, sensitivity=0.6, teacher_model=tiny_model())
+    assert model.config.sensitivity == 1
+
+
+def test_an_evaluation_without_labels_is_refused(tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[2], [3]]})
+    with pytest.raises(ValueError, match=r"`eval_dataset` has no token to predict.*longer rows"):
+        tiny_trainer(tmp_path, eval_dataset=rows).evaluate()
+
+
+def test_an_optimizer_that_is_given_keeps_its_groups_and_rates(tmp_path):
+    model = nested()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    trainer = DynaMoeTrainer(
+        model=model,
+        args=settings(tmp_path, max_steps=1, lr_scheduler_type="constant"),
+        train_dataset=texts(),
+        processing_class=tiny_tokenizer(),
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25]
+
+
+def test_a_model_named_by_its_folder_is_trained_in_full_precision(tmp_path):
+    """As SFT does, whatever it was saved in, unless another format is asked for."""
+    nested().to(torch.bfloat16).save_pretrained(tmp_path / "saved")
+    tiny_tokenizer().save_pretrained(tmp_path / "saved")
+    folder = str(tmp_path / "saved")
+    assert tiny_trainer(tmp_path, model=folder).model.dtype == torch.float32
+    asked = tiny_trainer(tmp_path, model=folder, model_init_kwargs={"dtype": "bfloat16"})
+    assert asked.model.dtype == torch.bfloat16
