@@ -9,6 +9,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 
+# Fields of which more than the type is checked.
+_CHECKED = ("expert_widths", "router_hidden_size", "sensitivity", "label_sensitivity")
+
+
 @strict
 class DynaMoeConfig(PreTrainedConfig):
     r"""
@@ -47,7 +51,9 @@ class DynaMoeConfig(PreTrainedConfig):
             What the conversion reported, see [`ConversionReceipt`].
 
     Raises:
-        ValueError: for widths that don't ascend to the width of the base model's MLP, for a sensitivity outside 0 to 1.
+        TypeError: for a `base_config` that is no configuration.
+        ValueError: for widths that don't ascend to the width of the base model's MLP, for a sensitivity outside 0 to 1; when
+            read, also for the configuration of another type of model.
 
     Example:
 
@@ -91,17 +97,36 @@ class DynaMoeConfig(PreTrainedConfig):
             if "model_type" not in self.base_config:
                 raise ValueError("`base_config` has no `model_type`: give the dense model's own configuration.")
             self.base_config = AutoConfig.for_model(**self.base_config)
+        elif not isinstance(self.base_config, PreTrainedConfig):
+            raise TypeError(
+                f"`base_config` must be the dense model's configuration or a dict of it, got {self.base_config!r}: read it with "
+                "`AutoConfig.from_pretrained`."
+            )
         self.tie_word_embeddings = self.base_config.tie_word_embeddings
         width = mlp_width(self.base_config)
         if self.expert_widths is None:
             self.expert_widths = equal_widths(width, 4)
         self.expert_widths = checked_widths(self.expert_widths, width)
         self.sensitivity = checked_sensitivity(self.sensitivity)
+        if self.label_sensitivity is not None:
+            self.label_sensitivity = checked_sensitivity(self.label_sensitivity, "label_sensitivity")
         if self.router_hidden_size < 1:
             raise ValueError(f"`router_hidden_size` must be at least 1, got {self.router_hidden_size}.")
         # A live model reads the attention that it runs from its configuration, which this constructor would clear.
         kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"The configuration is that of a '{found}' model, which has no nested experts: make them with "
+                "`convert_to_dynamoe`, or load the model with `AutoModelForCausalLM`."
+            )
+        # transformers sets what the caller gives beside the file when the checks above are done.
+        given = {name: kwargs.pop(name) for name in _CHECKED if name in kwargs}
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     @property
     def num_experts(self) -> int:

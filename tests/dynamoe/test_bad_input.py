@@ -323,6 +323,34 @@ def test_a_configuration_without_a_base():
         DynaMoeConfig(base_config=AutoConfig.for_model("gpt2"))
 
 
+def test_a_configuration_of_what_is_none():
+    with pytest.raises(TypeError, match=r"`base_config` must be .*got 'llama'.*`AutoConfig\.from_pretrained`"):
+        DynaMoeConfig(base_config="llama")
+    with pytest.raises(ValueError, match=r"`label_sensitivity` must lie between 0.*got 5"):
+        DynaMoeConfig(base_config=tiny_model().config, label_sensitivity=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sensitivity", 1.5), ("label_sensitivity", -1), ("expert_widths", [20, 10, WIDTH]), ("router_hidden_size", 0)],
+)
+def test_settings_given_while_loading_are_checked(name, value, saved):
+    """As those of the file are, and not at the first call."""
+    for auto in (AutoConfig, AutoModelForCausalLM, DynaMoeForCausalLM):
+        with pytest.raises(ValueError, match=f"`{name}` must"):
+            auto.from_pretrained(saved, **{name: value})
+    config, unused = AutoConfig.from_pretrained(saved, sensitivity=0.5, other=1, return_unused_kwargs=True)
+    assert config.sensitivity == 0.5 and unused == {"other": 1}
+
+
+def test_a_dense_model_is_not_loaded_as_a_nested_one(tmp_path):
+    """Its configuration has none of the fields, whose defaults describe a model of 7 billion parameters."""
+    tiny_model().save_pretrained(tmp_path)
+    for own in (DynaMoeConfig, DynaMoeForCausalLM):
+        with pytest.raises(ValueError, match=r"is that of a 'llama' model.*`convert_to_dynamoe`"):
+            own.from_pretrained(tmp_path)
+
+
 def test_an_unknown_activation_or_a_bare_module_is_refused():
     with pytest.raises(TypeError, match="`model` must be a PreTrainedModel or its name, got Linear"):
         convert_to_dynamoe(torch.nn.Linear(2, 2), importance="none")
