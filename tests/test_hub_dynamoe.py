@@ -28,6 +28,9 @@ MAKE = """
 """
 SHOW = """
     def show(model):
+        # A file's tensors begin at any address, and slices of those may be multiplied by kernels that round otherwise.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
         ids = torch.arange(1, 8)[None]
         text = model.generate(ids, max_new_tokens=12, do_sample=False).tolist()
         with torch.no_grad():
