@@ -1,7 +1,6 @@
 """Configuration of [`DynaMoeForCausalLM`]."""
 
 import itertools
-import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -189,7 +188,8 @@ def checked_sensitivity(sensitivity: Any, name: str = "sensitivity") -> float:
     """The sensitivity as a float, if it lies between 0 and 1; `name` is what the caller calls it."""
     if isinstance(sensitivity, bool) or not isinstance(sensitivity, (int, float)):
         raise ValueError(f"`{name}` must be a number from 0 to 1, got {sensitivity!r}.")
-    if math.isnan(sensitivity) or not 0 <= sensitivity <= 1:
+    # Of NaN neither holds, and a compiled graph can ask this of a number that it keeps open.
+    if not 0 <= sensitivity <= 1:
         raise ValueError(f"`{name}` must lie between 0 (smallest expert) and 1 (dense model), got {sensitivity}.")
     return float(sensitivity)
 

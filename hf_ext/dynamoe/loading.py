@@ -3,7 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def files_named(files: Any) -> Iterator[None]:
+    """
+    Says of weights that can't be read which files they are in, which safetensors doesn't.
+
+    Args:
+        files (`list[str]`):
+            The files that are read inside.
+
+    Raises:
+        ValueError: naming them.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"A file of the checkpoint can't be read ({error}): one of {', '.join(map(str, files))} is truncated, damaged "
+            "or a Git LFS pointer. Save or download it again, or run `git lfs pull`."
+        ) from error
 
 
 def refuse_other_weights(model: Any, loading_info: Any, ignore_mismatched_sizes: bool = False) -> None:

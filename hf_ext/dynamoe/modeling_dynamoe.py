@@ -7,17 +7,24 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .configuration_dynamoe import DynaMoeConfig, checked_sensitivity
 from .generation_dynamoe import DynaMoeGenerationMixin
-from .loading import refuse_other_weights
+from .loading import files_named, refuse_other_weights
 from .nested_mlp import NestedMlp, Routing, nest_mlps
 from .outputs import DynaMoeCausalLMOutputWithPast, ExpertUsage
-from .routing import check_expert_index, check_router_noise, chosen_experts, router_loss, smallest_sufficient
+from .routing import (
+    check_expert_index,
+    check_follow_labels,
+    check_router_noise,
+    chosen_experts,
+    mean_over_tokens,
+    router_loss,
+    smallest_sufficient,
+)
 
 
 class DynaMoePreTrainedModel(PreTrainedModel):
@@ -102,13 +109,8 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
     def _load_pretrained_model(
         model: Any, state_dict: Any, files: Any, load_config: Any, expected_keys: Any = None
     ) -> Any:
-        try:
+        with files_named(files):
             loaded = PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config, expected_keys)
-        except SafetensorError as error:
-            raise ValueError(
-                f"A file of the checkpoint can't be read ({error}): one of {', '.join(map(str, files))} is truncated, damaged "
-                "or a Git LFS pointer. Save or download it again, or run `git lfs pull`."
-            ) from error
         if expected_keys is None:  # else it is an adapter that is put onto the model
             refuse_other_weights(model, loaded[0], load_config.ignore_mismatched_sizes)
         return loaded
@@ -160,7 +162,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
             )
 
     def _checked_sensitivity(self, sensitivity: float | torch.Tensor | None, num_rows: int) -> float | torch.Tensor:
-        """One number, or one for each row that broadcasts over its tokens."""
+        """One number, or one for each row that broadcasts over its tokens; rows that all ask for the dense model get it."""
         if isinstance(sensitivity, torch.Tensor):
             if sensitivity.shape != (num_rows,):
                 raise ValueError(
@@ -168,7 +170,11 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
                     f"{tuple(sensitivity.shape)}."
                 )
             if not torch.compiler.is_compiling():  # a graph can't ask for values
-                self._check_serves([checked_sensitivity(value) for value in sensitivity.tolist()])
+                values = [checked_sensitivity(value) for value in sensitivity.tolist()]
+                self._check_serves(values)
+                # Its own modules, bit for bit. Training has the neurons at hand already, to measure nearness.
+                if not self.training and min(values, default=0.0) == 1:
+                    return 1.0
             return sensitivity[:, None]
         sensitivity = checked_sensitivity(self.config.sensitivity if sensitivity is None else sensitivity)
         self._check_serves([sensitivity])
@@ -230,15 +236,12 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         shape = tuple(given.shape[:2])
         wants_routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
         measures = (wants_routing and labels is not None) if output_nearness is None else output_nearness
-        if follow_labels is not None and not measures:
-            raise ValueError("`follow_labels` needs `output_nearness=True`: a token's label is measured then.")
-        if follow_labels is not None and tuple(follow_labels.shape) != shape:
-            raise ValueError(f"`follow_labels` must have shape {shape}, got {tuple(follow_labels.shape)}.")
         if token_mask is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -shape[1] :]
         sensitivity = self._checked_sensitivity(sensitivity, shape[0])
         num_layers, num_experts = self.config.base_config.num_hidden_layers, self.config.num_experts
         check_expert_index(expert_index, num_layers, shape, num_experts)
+        check_follow_labels(follow_labels, measures, shape)
         check_router_noise(router_noise, self.config.router_type, (num_layers, *shape, num_experts - 1))
         routing = self.routing
         routing.begin(sensitivity, expert_index, follow_labels, router_noise, wants_routing, measures)
@@ -253,7 +256,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
             logits_to_keep=logits_to_keep,
             **{**kwargs, "return_dict": True},
         )
-        layers = routing.end()
+        layers = routing.end(num_layers)
         experts = _stacked([layer.expert_index for layer in layers])
         if not self.training and not torch.compiler.is_compiling():
             self._count(experts, token_mask)
@@ -272,19 +275,10 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         result.expert_index = experts
         result.active_parameters = self.count_active_parameters(experts)
         if measures and labels is not None:
-            result.aux_loss = self._aux_loss(result, sensitivity, token_mask)
+            result.aux_loss = mean_over_tokens(self.router_losses(result, sensitivity), token_mask)
             if result.loss is not None:
                 result.loss = result.loss + self.config.router_aux_loss_coef * result.aux_loss.to(result.loss.device)
         return result
-
-    def _aux_loss(
-        self, result: DynaMoeCausalLMOutputWithPast, sensitivity: float | torch.Tensor, token_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        losses = self.router_losses(result, sensitivity)
-        if token_mask is None:
-            return losses.mean()
-        weights = token_mask.to(losses)
-        return (losses * weights).sum() / weights.sum().clamp(min=1)
 
     def router_losses(
         self, outputs: DynaMoeCausalLMOutputWithPast, sensitivity: float | torch.Tensor | None = None
@@ -362,7 +356,9 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         )
         widths = torch.tensor(self.config.expert_widths, device=expert_index.device)
         idle = (widths[-1] - widths)[expert_index] * per_neuron.view(-1, *[1] * (expert_index.dim() - 1))
-        return sum(parameter.numel() for parameter in self.parameters()) - idle.sum(0)
+        # PEFT keeps the originals of modules that it trains in full beside those that run.
+        running = (p.numel() for name, p in self.named_parameters() if ".original_module." not in name)
+        return sum(running) - idle.sum(0)
 
     def _count(self, expert_index: torch.Tensor, token_mask: torch.Tensor | None) -> None:
         # Where the tokens are: a look at the sums is the first thing that waits for them.

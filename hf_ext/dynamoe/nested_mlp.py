@@ -59,10 +59,21 @@ class Routing:
         self.wants_logits, self.measures = wants_logits, measures
         self.layers = []
 
-    def end(self) -> list[LayerRouting]:
-        """What the layers did, in order; from here on nothing is kept."""
+    def end(self, num_layers: int | None = None) -> list[LayerRouting]:
+        """
+        What the layers did, in order; from here on nothing is kept.
+
+        Raises:
+            ValueError: if fewer took part than there are.
+        """
         layers, self.layers = self.layers, None
         assert layers is not None, "`begin` comes first"
+        if num_layers is not None and len(layers) != num_layers:
+            raise ValueError(
+                f"{len(layers)} of the model's {num_layers} nested MLPs took part: the others are copies, which hear nothing of "
+                'how it routes, or were replaced. With PEFT, give `modules_to_save=["router"]` instead of whole MLPs, and '
+                "adapt their projections by `target_modules`."
+            )
         return layers
 
     def given_expert(self, layer: int, num_experts: int) -> int | torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -57,9 +58,12 @@ def smallest_sufficient(nearness: torch.Tensor, sensitivity: float | torch.Tenso
     Returns:
         `torch.LongTensor` of shape `(...)`.
     """
-    sensitivity = torch.as_tensor(sensitivity, device=nearness.device, dtype=nearness.dtype)[..., None]
     # A projection can exceed 1, and yet full sensitivity means the whole MLP.
-    sufficient = (nearness >= sensitivity) & (sensitivity < 1)
+    if isinstance(sensitivity, torch.Tensor):
+        sensitivity = sensitivity.to(nearness)[..., None]
+        sufficient = (nearness >= sensitivity) & (sensitivity < 1)
+    else:  # stays a number: as a tensor it would be a constant of a compiled graph, which each value makes anew
+        sufficient = nearness >= (sensitivity if sensitivity < 1 else math.inf)
     # Nearness need not ascend: the first sufficient expert counts, whatever a larger one does.
     return (sufficient.cumsum(-1) == 0).sum(-1)
 
@@ -177,6 +181,14 @@ def router_loss(
     return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
 
 
+def mean_over_tokens(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean of `(batch_size, sequence_length)` values, without those where a mask of the same shape is 0."""
+    if token_mask is None:
+        return values.mean()
+    weights = token_mask.to(values)
+    return (values * weights).sum() / weights.sum().clamp(min=1)
+
+
 def check_expert_index(expert_index: Any, num_layers: int, shape: tuple[int, ...], num_experts: int) -> None:
     """
     Refuses experts that the caller prescribes and that don't exist.
@@ -209,6 +221,30 @@ def check_expert_index(expert_index: Any, num_layers: int, shape: tuple[int, ...
         raise ValueError(f"`expert_index` must be from 0 to {num_experts - 1}, got {' to '.join(map(str, found))}.")
 
 
+def check_follow_labels(follow_labels: Any, measures: bool, shape: tuple[int, ...]) -> None:
+    """
+    Refuses tokens that can't follow their labels.
+
+    Args:
+        follow_labels (`torch.BoolTensor`, *optional*):
+            Those that are to.
+        measures (`bool`), shape (`tuple[int, int]`):
+            Whether labels are measured, and `(batch_size, sequence_length)` of the tokens.
+
+    Raises:
+        ValueError: saying what fits.
+    """
+    if follow_labels is None:
+        return
+    if not measures:
+        raise ValueError("`follow_labels` needs `output_nearness=True`: a token's label is measured then.")
+    if not isinstance(follow_labels, torch.Tensor) or follow_labels.dtype != torch.bool:
+        found = getattr(follow_labels, "dtype", repr(follow_labels))
+        raise ValueError(f"`follow_labels` must be a tensor of torch.bool, got {found}.")
+    if tuple(follow_labels.shape) != shape:
+        raise ValueError(f"`follow_labels` must have shape {shape}, got {tuple(follow_labels.shape)}.")
+
+
 def check_router_noise(router_noise: Any, router_type: str, shape: tuple[int, ...]) -> None:
     """
     Refuses noise that doesn't fit the routers.
@@ -229,5 +265,7 @@ def check_router_noise(router_noise: Any, router_type: str, shape: tuple[int, ..
             f"`router_noise` is for ordinal routers, and those of this model are {router_type}s: their choice among labels "
             "lets no gradient through. Leave it out, or convert with `router_type='ordinal'`."
         )
+    if not isinstance(router_noise, torch.Tensor):
+        raise ValueError(f"`router_noise` must be a tensor of shape {shape}, got {router_noise!r}.")
     if tuple(router_noise.shape) != shape:
         raise ValueError(f"`router_noise` must have shape {shape}, got {tuple(router_noise.shape)}.")

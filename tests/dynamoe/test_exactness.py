@@ -40,6 +40,14 @@ def test_full_sensitivity_is_the_dense_model_bit_for_bit(shape, attention):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_rows_that_all_ask_for_the_dense_model_get_it_bit_for_bit(shape):
+    """A tensor of ones is full sensitivity, as the number is."""
+    moe, ids = tiny_moe(shape), random_ids(2, 12)
+    with torch.no_grad():
+        assert torch.equal(moe(ids, sensitivity=torch.ones(2)).logits, unnested(moe)(ids).logits)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_reordering_changes_nothing_beyond_rounding(shape, importance):
     dense, ids = tiny_model(shape), random_ids(2, 12)

@@ -138,6 +138,8 @@ def test_noise_that_doesn_t_fit_is_refused():
     moe, ids = tiny_moe(), random_ids(2, 9)
     with pytest.raises(ValueError, match=r"`router_noise` must have shape \(2, 2, 9, 2\), got \(2, 9, 2\)"):
         moe(ids, router_noise=noise_for(moe, ids)[0])
+    with pytest.raises(ValueError, match=r"`router_noise` must be a tensor of shape \(2, 2, 9, 2\), got 0\.5"):
+        moe(ids, router_noise=0.5)
     with pytest.raises(ValueError, match="`router_noise` is for ordinal routers"):
         classifier = tiny_moe(router_type="classifier")
         classifier(ids, router_noise=noise_for(moe, ids))

@@ -40,6 +40,23 @@ def test_a_compiled_model_computes_the_same(shape):
             assert torch.equal(out.expert_index, expected.expert_index)
 
 
+@pytest.mark.parametrize("by_call", [True, False])
+def test_a_compiled_model_serves_every_sensitivity(by_call):
+    """One graph for the first, one more for all others: the knob is a number that it keeps open."""
+    moe, ids = tiny_moe(), random_ids(2, 9)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(moe, fullgraph=True, backend=counter)
+    for step in range(1, 12):
+        value = step / 12
+        if not by_call:
+            moe.set_sensitivity(value)
+        call = {"sensitivity": value} if by_call else {}
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(ids, **call).logits, moe(ids, **call).logits, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("shape", ["llama-bias", "phi3", "gpt_neox"])
 def test_autocast_changes_precision_alone(shape):
     """In each form, with gradients and without: as near to full precision as the dense model's autocast is."""
@@ -173,6 +190,24 @@ def test_routers_are_saved_with_an_adapter(tmp_path):
         for out in (loaded(input_ids=ids, **options), model.merge_and_unload()(ids, **options)):
             assert torch.equal(out.expert_index, expected.expert_index)
             torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_whole_mlps_cannot_be_trained_beside_their_originals():
+    """PEFT would run copies, which no longer share how the model routes."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_moe(), config)
+    with pytest.raises(ValueError, match=r"0 of the model's 2 nested MLPs.*`modules_to_save=\[\"router\"\]`"):
+        model(input_ids=random_ids(2, 9))
+
+
+def test_copies_that_adapters_keep_are_not_active():
+    """Of routers that are trained in full, the originals stand aside."""
+    moe, ids = tiny_moe(), random_ids(1, 3)
+    alone = moe(ids, output_router_logits=True).active_parameters
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["router"], task_type="CAUSAL_LM")
+    model = get_peft_model(moe, config)
+    lora = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+    assert torch.equal(model(input_ids=ids, output_router_logits=True).active_parameters, alone + lora)
 
 
 def spread_routers_of(router):
