@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ext.cli.dynamoe_bench import bench
 from hf_ext.cli.dynamoe_eval import evaluate
-from hf_ext.cli.loading import load_base, load_nested, short_name
+from hf_ext.cli.loading import chosen_device, load_base, load_nested, short_name
 from hf_ext.cli.options import (
     DATASET_HELP,
     DatasetConfigOption,
@@ -26,6 +27,10 @@ from hf_ext.cli.options import (
 )
 from hf_ext.cli.report import Table, rich_table
 from hf_ext.cli.training_text import load_rows, split_off
+
+
+# Where TRL looks for what is trained on.
+_TEXT_COLUMNS = {"conversations", "input_ids", "messages", "prompt", "text"}
 
 
 class Importance(StrEnum):
@@ -70,7 +75,7 @@ def convert(
     dataset: Annotated[
         str | None, typer.Option(help=f"Text to rank neurons on, like what the model will read. {DATASET_HELP}")
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where the converted model goes.")] = Path("moe"),
+    output_dir: Annotated[Path, typer.Option(file_okay=False, help="Where the converted model goes.")] = Path("moe"),
     dataset_config: DatasetConfigOption = None,
     split: SplitOption = "train",
     max_rows: MaxRowsOption = None,
@@ -112,6 +117,8 @@ def convert(
             f"--importance {importance} ranks neurons on text: name some with --dataset, or keep their order with "
             "--importance none."
         )
+    if by_shards and dtype != "auto":
+        raise typer.BadParameter("--by-shards keeps the number format of the files: leave out --dtype.")
     settings: dict[str, Any] = {
         "expert_widths": None if widths is None else integers("--widths", widths),
         "calibration_dataset": None if dataset is None else load_rows(dataset, split, dataset_config, max_rows),
@@ -125,7 +132,8 @@ def convert(
     }
     try:
         if by_shards:
-            receipt = convert_checkpoint_to_dynamoe(model, output_dir, num_experts, **settings)
+            where = "auto" if device is None else chosen_device(device)
+            receipt = convert_checkpoint_to_dynamoe(model, output_dir, num_experts, device_map=where, **settings)
         else:
             with console.status("Loading the model"):
                 dense, tokenizer = load_base(model, device, dtype)
@@ -167,7 +175,7 @@ def receipt_table(receipt: Any, name: str) -> Table:
 def train(
     model: NestedOption,
     dataset: Annotated[str, typer.Option(help=DATASET_HELP)],
-    output_dir: Annotated[Path, typer.Option(help="Where the trained model goes.")] = Path("dynamoe"),
+    output_dir: Annotated[Path, typer.Option(file_okay=False, help="Where the trained model goes.")] = Path("dynamoe"),
     dataset_config: DatasetConfigOption = None,
     split: SplitOption = "train",
     max_rows: MaxRowsOption = None,
@@ -185,9 +193,9 @@ def train(
     ] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step and device.")] = 8,
     learning_rate: Annotated[
-        float, typer.Option(help="Peak learning rate of the model; the smaller it is, the higher.")
+        float, typer.Option(min=0.0, help="Peak learning rate of the model; the smaller it is, the higher.")
     ] = 1e-5,
-    router_learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the routers.")] = 1e-3,
+    router_learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate of the routers.")] = 1e-3,
     distillation_weight: Annotated[
         float, typer.Option(min=0.0, help="Weight of staying near the dense model's own distribution.")
     ] = 0.0,
@@ -207,7 +215,14 @@ def train(
     from hf_ext import DynaMoeTrainer, DynaMoeTrainingConfig
 
     console = Console()
-    train_rows, held_out = split_off(load_rows(dataset, split, dataset_config, max_rows), eval_rows, seed)
+    if resume and (not output_dir.is_dir() or get_last_checkpoint(str(output_dir)) is None):
+        raise typer.BadParameter(f"--resume finds no checkpoint in {output_dir}: leave it out to start anew.")
+    rows = load_rows(dataset, split, dataset_config, max_rows)
+    if _TEXT_COLUMNS.isdisjoint(rows.column_names):
+        raise typer.BadParameter(
+            f"the dataset has none of the columns {', '.join(sorted(_TEXT_COLUMNS))}, only {rows.column_names}."
+        )
+    train_rows, held_out = split_off(rows, eval_rows, seed)
     moe, tokenizer = load_nested(model, device, dtype)
     try:
         args = DynaMoeTrainingConfig(

@@ -17,7 +17,7 @@ from hf_ext import DynaMoeForCausalLM, convert_to_dynamoe
 from hf_ext.cli.compare import describe_machine, progress_bar, share_weights, wait_for
 from hf_ext.cli.dynamoe_budgets import served_sensitivities
 from hf_ext.cli.dynamoe_views import shortened
-from hf_ext.cli.loading import load_nested, short_name, suitable_threads
+from hf_ext.cli.loading import chosen_device, load_nested, number_format, short_name, suitable_threads
 from hf_ext.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -70,7 +70,7 @@ def random_model(shape: Sequence[int], num_experts: int, device: str | None, dty
             Where it lies, and its number format; `"auto"` is float32.
 
     Raises:
-        typer.BadParameter: for a shape that no model can have.
+        typer.BadParameter: for a shape that no model can have, and for a number format or device that there isn't.
     """
     if len(shape) != 3 or min(shape) < 1:
         raise typer.BadParameter(
@@ -82,9 +82,7 @@ def random_model(shape: Sequence[int], num_experts: int, device: str | None, dty
         raise typer.BadParameter(
             f"--shape: a width of {hidden} doesn't divide into {heads} heads; take a multiple of 64."
         )
-    number_format = getattr(torch, "float32" if dtype == "auto" else dtype, None)
-    if not isinstance(number_format, torch.dtype) or not number_format.is_floating_point:
-        raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+    device, weights = chosen_device(device), number_format("float32" if dtype == "auto" else dtype)
     torch.manual_seed(0)
     dense = LlamaForCausalLM(
         LlamaConfig(
@@ -94,9 +92,9 @@ def random_model(shape: Sequence[int], num_experts: int, device: str | None, dty
             num_hidden_layers=layers,
             num_attention_heads=heads,
             max_position_embeddings=4096,
-            dtype=number_format,
+            dtype=weights,
         )
-    ).to(number_format)
+    ).to(weights)
     try:
         model = convert_to_dynamoe(dense, num_experts, importance="none", disable_tqdm=True)
     except ValueError as error:
@@ -104,12 +102,7 @@ def random_model(shape: Sequence[int], num_experts: int, device: str | None, dty
     for mlp in model.nested_mlps():
         torch.nn.init.normal_(mlp.router.out.weight, std=0.3)
         torch.nn.init.zeros_(mlp.router.out.bias)
-    return model.to(device or _accelerator()).eval()
-
-
-def _accelerator() -> str:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator is not None else "cpu"
+    return model.to(device).eval()
 
 
 def random_tokens(model: Any, batch_size: int, num_tokens: int) -> torch.Tensor:

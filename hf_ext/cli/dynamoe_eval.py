@@ -40,7 +40,9 @@ from hf_ext.cli.training_text import load_rows, token_rows
 def evaluate(
     model: NestedOption,
     dataset: Annotated[str, typer.Option(help=f"Text that was not trained on. {DATASET_HELP}")],
-    output_dir: Annotated[Path, typer.Option(help="Where pictures, page and figures go.")] = Path("dynamoe-eval"),
+    output_dir: Annotated[Path, typer.Option(file_okay=False, help="Where pictures, page and figures go.")] = Path(
+        "dynamoe-eval"
+    ),
     dataset_config: DatasetConfigOption = None,
     split: SplitOption = "train",
     max_rows: MaxRowsOption = None,

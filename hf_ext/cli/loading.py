@@ -63,8 +63,11 @@ def load_base(name: str, device: str | None = None, dtype: str = "auto") -> tupl
             Number format; `"auto"` is the one that it was saved in.
 
     Raises:
-        typer.BadParameter: where there is no such model.
+        typer.BadParameter: where there is no such model, number format or device.
     """
+    device = chosen_device(device)
+    if dtype != "auto":
+        number_format(dtype)
     # The bar of loading weights is of no interest where loading takes a moment, and stands in the way of our own.
     logging.disable_progress_bar()
     try:
@@ -72,15 +75,38 @@ def load_base(name: str, device: str | None = None, dtype: str = "auto") -> tupl
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"can't load a causal language model from {name!r}: {error}") from error
-    return model.to(chosen_device(device)).eval(), tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 def chosen_device(device: str | None) -> str:
-    """What was asked for, or else the accelerator if there is one."""
+    """
+    What was asked for, or else the accelerator if there is one.
+
+    Raises:
+        typer.BadParameter: for a device that this machine or this build of PyTorch lacks.
+    """
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator.type if accelerator is not None else "cpu"
+    try:
+        torch.empty(1, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(f"--device {device} can't be used here: {reason}") from error
     return device
+
+
+def number_format(dtype: str) -> torch.dtype:
+    """
+    The format of weights that a name stands for.
+
+    Raises:
+        typer.BadParameter: for a name of none, or of one that weights can't be in.
+    """
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}.")
+    return found
 
 
 def load_spotter(name: str | None, device: str | None = None) -> Any:

@@ -100,7 +100,14 @@ class TestConvert:
         nested = ("convert", "--model", nested_folder, "--importance", "none")
         says(invoke(*nested, "--output-dir", tmp_path / "x"), "already: convert the dense model")
         says(invoke(*nested, "--output-dir", nested_folder), "own folder: take another")
+        model += ("--importance", "none")
+        says(invoke(*model, "--dtype", "float33"), "--dtype must be", "got 'float33'")
+        says(invoke(*model, "--device", "abacus"), "--device abacus can't be used here")
+        says(invoke(*model, "--by-shards", "--dtype", "bfloat16"), "--by-shards keeps the number format", "leave out")
+        says(invoke(*model, "--by-shards", "--device", "abacus"), "--device abacus can't be used here")
         assert not (tmp_path / "x").exists()
+        (tmp_path / "x").write_text("")
+        says(invoke(*model), "--output-dir", "is a file")
 
 
 class TestTrain:
@@ -119,6 +126,17 @@ class TestTrain:
     def test_a_dense_model_says_how_to_convert_it(self, base_folder, texts):
         pytest.importorskip("trl")
         says(invoke("train", "--model", base_folder, "--dataset", texts), "hf-ext dynamoe convert --model")
+
+    def test_errors_say_the_way_out(self, nested_folder, texts, tmp_path):
+        pytest.importorskip("trl")
+        train = ("train", "--model", nested_folder, "--output-dir", tmp_path / "out", "--steps", 1)
+        says(invoke(*train, "--dataset", texts, "--resume"), "--resume finds no checkpoint in", "leave it out")
+        says(invoke(*train, "--dataset", texts, "--learning-rate", -1), "--learning-rate")
+        says(invoke(*train, "--dataset", texts, "--router-learning-rate", -1), "--router-learning-rate")
+        table = tmp_path / "table.csv"
+        table.write_text("label\n3\n4\n")
+        says(invoke(*train, "--dataset", table), "none of the columns", "prompt, text", "only ['label']")
+        assert not (tmp_path / "out").exists()
 
 
 class TestEval:
