@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -73,6 +73,15 @@ class DynaMoeConfig(PreTrainedConfig):
     _auto_class = "AutoConfig"
     sub_configs = {"base_config": AutoConfig}
     has_no_defaults_at_init = False
+    # What an evaluation doesn't gather: no tensors, or none with the rows first.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "aux_loss",
+        "router_logits",
+        "nearness",
+        "expert_index",
+        "active_parameters",
+    ]
 
     # Of the types in the docstring on the way in, a configuration and a list of integers from then on.
     base_config: Any = None

@@ -179,7 +179,7 @@ def receipt_of(
         base_model=None if os.path.isabs(base_model) or os.path.exists(base_model) else base_model or None,
         expert_widths=list(moe.config.expert_widths),
         importance=importance,
-        calibration_tokens=int(sum(batch["attention_mask"].sum() for batch in batches)),
+        calibration_tokens=0 if importance == "none" else int(sum(b["attention_mask"].sum() for b in batches)),
         importance_shares=[_shares(score, moe.config.expert_widths) for score in scores],
         largest_logit_difference=difference,
         router_parameters=sum(p.numel() for mlp in moe.nested_mlps() for p in mlp.router.parameters()),

@@ -18,7 +18,7 @@ from .nested_mlp import NestedMlp, Routing, nest_mlps
 from .outputs import DynaMoeCausalLMOutputWithPast, ExpertUsage
 from .routing import (
     check_expert_index,
-    check_follow_labels,
+    check_forcing_mask,
     check_router_noise,
     chosen_experts,
     mean_over_tokens,
@@ -192,7 +192,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         use_cache: bool | None = None,
         sensitivity: float | torch.Tensor | None = None,
         expert_index: int | torch.LongTensor | None = None,
-        follow_labels: torch.BoolTensor | None = None,
+        forcing_mask: torch.BoolTensor | None = None,
         router_noise: torch.FloatTensor | None = None,
         output_router_logits: bool | None = None,
         output_nearness: bool | None = None,
@@ -208,7 +208,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
                 Nearness that tokens demand in this call, one for all rows or one for each. By default the model's.
             expert_index (`int` or `torch.LongTensor` of shape `(batch_size, sequence_length)` or with `num_layers` in front, *optional*):
                 The expert to take instead of the routers' choice: one for all tokens, or one for each.
-            follow_labels (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            forcing_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Tokens that take the expert which their measured nearness asks for instead of the router's choice: how
                 training keeps fresh routers from deciding. Needs `output_nearness=True`.
             router_noise (`torch.FloatTensor` of shape `(num_layers, batch_size, sequence_length, num_experts - 1)`, *optional*):
@@ -241,10 +241,10 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         sensitivity = self._checked_sensitivity(sensitivity, shape[0])
         num_layers, num_experts = self.config.base_config.num_hidden_layers, self.config.num_experts
         check_expert_index(expert_index, num_layers, shape, num_experts)
-        check_follow_labels(follow_labels, measures, shape)
+        check_forcing_mask(forcing_mask, measures, shape)
         check_router_noise(router_noise, self.config.router_type, (num_layers, *shape, num_experts - 1))
         routing = self.routing
-        routing.begin(sensitivity, expert_index, follow_labels, router_noise, wants_routing, measures)
+        routing.begin(sensitivity, expert_index, forcing_mask, router_noise, wants_routing, measures)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -49,12 +49,12 @@ class Routing:
         self,
         sensitivity: float | torch.Tensor,
         expert_index: int | torch.Tensor | None,
-        follow_labels: torch.Tensor | None,
+        forcing_mask: torch.Tensor | None,
         router_noise: torch.Tensor | None,
         wants_logits: bool,
         measures: bool,
     ) -> None:
-        self.sensitivity, self.expert_index, self.follow_labels = sensitivity, expert_index, follow_labels
+        self.sensitivity, self.expert_index, self.forcing_mask = sensitivity, expert_index, forcing_mask
         self.router_noise = router_noise
         self.wants_logits, self.measures = wants_logits, measures
         self.layers = []
@@ -151,9 +151,9 @@ class NestedMlp(nn.Module):
             noise = routing.router_noise
             noisy = logits if noise is None else logits + noise[self.layer].to(logits)
             expert = chosen_experts(noisy.detach(), self.config.router_type, routing.sensitivity)
-            if routing.follow_labels is not None and nearness is not None:
+            if routing.forcing_mask is not None and nearness is not None:
                 label = smallest_sufficient(nearness, routing.sensitivity)
-                expert = torch.where(routing.follow_labels.to(label.device), label, expert)
+                expert = torch.where(routing.forcing_mask.to(label.device), label, expert)
             if noise is not None:
                 chunks = straight_through(noisy, routing.sensitivity, expert)
         if routing.layers is not None:

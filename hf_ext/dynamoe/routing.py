@@ -221,12 +221,12 @@ def check_expert_index(expert_index: Any, num_layers: int, shape: tuple[int, ...
         raise ValueError(f"`expert_index` must be from 0 to {num_experts - 1}, got {' to '.join(map(str, found))}.")
 
 
-def check_follow_labels(follow_labels: Any, measures: bool, shape: tuple[int, ...]) -> None:
+def check_forcing_mask(forcing_mask: Any, measures: bool, shape: tuple[int, ...]) -> None:
     """
     Refuses tokens that can't follow their labels.
 
     Args:
-        follow_labels (`torch.BoolTensor`, *optional*):
+        forcing_mask (`torch.BoolTensor`, *optional*):
             Those that are to.
         measures (`bool`), shape (`tuple[int, int]`):
             Whether labels are measured, and `(batch_size, sequence_length)` of the tokens.
@@ -234,15 +234,15 @@ def check_follow_labels(follow_labels: Any, measures: bool, shape: tuple[int, ..
     Raises:
         ValueError: saying what fits.
     """
-    if follow_labels is None:
+    if forcing_mask is None:
         return
     if not measures:
-        raise ValueError("`follow_labels` needs `output_nearness=True`: a token's label is measured then.")
-    if not isinstance(follow_labels, torch.Tensor) or follow_labels.dtype != torch.bool:
-        found = getattr(follow_labels, "dtype", repr(follow_labels))
-        raise ValueError(f"`follow_labels` must be a tensor of torch.bool, got {found}.")
-    if tuple(follow_labels.shape) != shape:
-        raise ValueError(f"`follow_labels` must have shape {shape}, got {tuple(follow_labels.shape)}.")
+        raise ValueError("`forcing_mask` needs `output_nearness=True`: a token's label is measured then.")
+    if not isinstance(forcing_mask, torch.Tensor) or forcing_mask.dtype != torch.bool:
+        found = getattr(forcing_mask, "dtype", repr(forcing_mask))
+        raise ValueError(f"`forcing_mask` must be a tensor of torch.bool, got {found}.")
+    if tuple(forcing_mask.shape) != shape:
+        raise ValueError(f"`forcing_mask` must have shape {shape}, got {tuple(forcing_mask.shape)}.")
 
 
 def check_router_noise(router_noise: Any, router_type: str, shape: tuple[int, ...]) -> None:

@@ -204,7 +204,7 @@ class DynaMoeTrainer(SFTTrainer):
             follow[row, seen] = torch.rand(int(seen.sum()), generator=generator) < forced
             if straight:
                 noise[:, row, seen] = torch.randn(noise[:, row, seen].shape, generator=generator)
-        drawn = {"follow_labels": follow.to(input_ids.device)}
+        drawn = {"forcing_mask": follow.to(input_ids.device)}
         if straight:
             drawn["router_noise"] = args.router_noise * noise.to(input_ids.device)
         return torch.tensor(sensitivities, device=input_ids.device), drawn

@@ -219,13 +219,13 @@ def test_an_expert_for_each_token_in_generate():
 
 def test_labels_to_follow_that_are_not_measured():
     moe, ids = tiny_moe(), random_ids(2, 5)
-    with pytest.raises(ValueError, match="`follow_labels` needs `output_nearness=True`"):
-        moe(ids, follow_labels=ids > 0)
-    with pytest.raises(ValueError, match=r"`follow_labels` must have shape \(2, 5\), got \(2, 4\)"):
-        moe(ids, follow_labels=ids[:, 1:] > 0, output_nearness=True)
+    with pytest.raises(ValueError, match="`forcing_mask` needs `output_nearness=True`"):
+        moe(ids, forcing_mask=ids > 0)
+    with pytest.raises(ValueError, match=r"`forcing_mask` must have shape \(2, 5\), got \(2, 4\)"):
+        moe(ids, forcing_mask=ids[:, 1:] > 0, output_nearness=True)
     for value, got in ((ids, r"torch\.int64"), ([True], r"\[True\]")):
-        with pytest.raises(ValueError, match=rf"`follow_labels` must be a tensor of torch\.bool, got {got}"):
-            moe(ids, follow_labels=value, output_nearness=True)
+        with pytest.raises(ValueError, match=rf"`forcing_mask` must be a tensor of torch\.bool, got {got}"):
+            moe(ids, forcing_mask=value, output_nearness=True)
     with pytest.raises(ValueError, match=r"`outputs` lack .*`output_nearness=True`"):
         moe.router_losses(moe(ids, output_router_logits=True))
 

@@ -92,3 +92,5 @@ def test_the_receipt_says_what_was_done():
     assert all(0 < a < b < c == 1 for a, b, c in receipt.importance_shares)
     assert receipt.router_parameters == sum(p.numel() for n, p in moe.named_parameters() if ".router." in n)
     assert moe.config.conversion["calibration_tokens"] == 13
+    moe = convert_to_dynamoe(tiny_model(), 3, calibration_dataset=rows, importance="none", disable_tqdm=True)
+    assert moe.conversion_receipt.calibration_tokens == 0

@@ -73,7 +73,7 @@ def test_labels_grow_with_the_sensitivity():
     everyone, last = torch.ones_like(ids, dtype=torch.bool), None
     _, reference = watched(moe, ids)
     for sensitivity in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0):
-        out = watched(moe, ids, sensitivity=sensitivity, follow_labels=everyone)[1]
+        out = watched(moe, ids, sensitivity=sensitivity, forcing_mask=everyone)[1]
         label = out.expert_index[0]
         near = reference.nearness[0]
         smallest = torch.where(near[..., 0] >= sensitivity, 0, torch.where(near[..., 1] >= sensitivity, 1, 2))

@@ -36,7 +36,7 @@ def test_noise_is_part_of_the_choice():
 def test_labels_that_are_followed_still_decide():
     """Forward; backward the router hears what these experts did."""
     moe, ids = tiny_moe().train(), random_ids(2, 9)
-    options = {"sensitivity": 0.6, "output_nearness": True, "follow_labels": torch.ones_like(ids, dtype=torch.bool)}
+    options = {"sensitivity": 0.6, "output_nearness": True, "forcing_mask": torch.ones_like(ids, dtype=torch.bool)}
     expected, found = moe(ids, **options), moe(ids, router_noise=noise_for(moe, ids, 3.0), **options)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
     found.logits.sum().backward()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch._dynamo.testing import CompileCounter
+from transformers import Trainer, TrainingArguments
 
 from dynamoe.models import random_ids, spread_routers, tiny_moe
 from hf_ext import DynaMoeForCausalLM
@@ -98,7 +99,7 @@ def test_checkpointing_leaves_gradients_alone(router_type, follow):
     moe.set_sensitivity(0.5)
     options = {"labels": ids, "output_router_logits": True, "use_cache": False}
     if follow:
-        options |= {"follow_labels": ids % 2 == 0}
+        options |= {"forcing_mask": ids % 2 == 0}
     moe.config.detach_router_input = False
     loss = moe(ids, **options).loss
     loss.backward()
@@ -212,6 +213,26 @@ def test_copies_that_adapters_keep_are_not_active():
 
 def spread_routers_of(router):
     torch.nn.init.normal_(router.out.weight, std=3.0)
+
+
+@pytest.mark.parametrize("routing", [False, True])
+def test_an_ordinary_trainer_evaluates_it(routing, tmp_path):
+    """It finds the labels by the names of arguments, and gathers nothing but logits, rows of all lengths."""
+    moe = tiny_moe()
+    moe.set_sensitivity(0.5)
+    moe.config.output_router_logits = routing
+    rows = [{"input_ids": ids, "labels": ids} for ids in random_ids(5, 8)]
+    trainer = Trainer(
+        model=moe,
+        args=TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, per_device_eval_batch_size=2),
+        eval_dataset=rows,
+        compute_metrics=lambda prediction: {"shape": list(prediction.predictions.shape)},
+    )
+    figures = trainer.evaluate()
+    assert figures["eval_shape"] == [5, 8, 40]
+    with torch.no_grad():
+        losses = [moe(row["input_ids"][None], labels=row["labels"][None]).loss.item() for row in rows]
+    assert figures["eval_loss"] == pytest.approx(sum(losses) / 5, rel=1e-4)
 
 
 def test_training_moves_what_a_token_uses():
