@@ -13,7 +13,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_dynamoe import DynaMoeConfig, checked_sensitivity
 from .generation_dynamoe import DynaMoeGenerationMixin
-from .loading import files_named, refuse_other_weights
+from .loading import CheckedLoading
 from .nested_mlp import NestedMlp, Routing, nest_mlps
 from .outputs import DynaMoeCausalLMOutputWithPast, ExpertUsage
 from .routing import (
@@ -27,7 +27,7 @@ from .routing import (
 )
 
 
-class DynaMoePreTrainedModel(PreTrainedModel):
+class DynaMoePreTrainedModel(CheckedLoading, PreTrainedModel):
     config: DynaMoeConfig
     config_class = DynaMoeConfig
     base_model_prefix = "model"
@@ -105,15 +105,10 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
             self.card_writer(self, working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
-    @staticmethod
-    def _load_pretrained_model(
-        model: Any, state_dict: Any, files: Any, load_config: Any, expected_keys: Any = None
-    ) -> Any:
-        with files_named(files):
-            loaded = PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config, expected_keys)
-        if expected_keys is None:  # else it is an adapter that is put onto the model
-            refuse_other_weights(model, loaded[0], load_config.ignore_mismatched_sizes)
-        return loaded
+    @property
+    def base_model(self) -> nn.Module:
+        """The decoder, which returns hidden states: losses that are fused with the output embedding run it alone."""
+        return self.model.base_model
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -146,7 +141,8 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         self._check_serves([sensitivity])
         if self.config.router_type == "classifier" and self.config.sensitivity < 1:
             self.config.label_sensitivity = self.config.sensitivity
-        self.config.sensitivity = self.routing.sensitivity = sensitivity
+        self.config.sensitivity = sensitivity
+        self.routing.rest(sensitivity)
 
     def _check_serves(self, sensitivities: list[float]) -> None:
         config = self.config
@@ -243,23 +239,23 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         check_expert_index(expert_index, num_layers, shape, num_experts)
         check_forcing_mask(forcing_mask, measures, shape)
         check_router_noise(router_noise, self.config.router_type, (num_layers, *shape, num_experts - 1))
-        routing = self.routing
-        routing.begin(sensitivity, expert_index, forcing_mask, router_noise, wants_routing, measures)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **{**kwargs, "return_dict": True},
-        )
-        layers = routing.end(num_layers)
-        experts = _stacked([layer.expert_index for layer in layers])
-        if not self.training and not torch.compiler.is_compiling():
-            self._count(experts, token_mask)
+        with self.routing.alone():
+            self.routing.begin(sensitivity, expert_index, forcing_mask, router_noise, wants_routing, measures)
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **{**kwargs, "return_dict": True},
+            )
+            layers = self.routing.end(num_layers)
+            experts = _stacked([layer.expert_index for layer in layers])
+            if not self.training and not torch.compiler.is_compiling():
+                self._count(experts, token_mask)
         result = DynaMoeCausalLMOutputWithPast(**outputs)
         if measures:
             result.nearness = _stacked([layer.nearness for layer in layers])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,18 +34,35 @@ class Routing:
     """
     How the current pass routes. One object is shared by all layers of a model; `begin` and `end` stand around a pass.
 
-    The settings stay until the next pass, since checkpointed layers run again in the backward pass and have to route as
-    they did. With checkpointing a pass therefore goes backward before the next one begins.
+    Where gradients flow the settings stay until the next pass, since checkpointed layers run again in the backward pass and
+    have to route as they did. With checkpointing a pass therefore goes backward before the next one begins. Passes in
+    several threads take turns.
 
     Args:
         sensitivity (`float`):
-            Where it starts.
+            The model's own.
     """
 
     def __init__(self, sensitivity: float):
         self.layers: list[LayerRouting] | None = None
+        self.turn = threading.RLock()
+        self.rest(sensitivity)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "turn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, turn=threading.RLock())
+
+    def rest(self, sensitivity: float) -> None:
+        """Between passes the model's own sensitivity holds: some trainers run the decoder alone."""
+        self.own_sensitivity = sensitivity
         self.begin(sensitivity, None, None, None, False, False)
         self.layers = None
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """What a pass stands in; a graph that is being traced has no locks."""
+        return nullcontext() if torch.compiler.is_compiling() else self.turn
 
     def begin(
         self,
@@ -68,6 +87,8 @@ class Routing:
         """
         layers, self.layers = self.layers, None
         assert layers is not None, "`begin` comes first"
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            self.rest(self.own_sensitivity)
         if num_layers is not None and len(layers) != num_layers:
             raise ValueError(
                 f"{len(layers)} of the model's {num_layers} nested MLPs took part: the others are copies, which hear nothing of "

@@ -1,5 +1,7 @@
 """`generate` on a nested model: every way of decoding gives what the plainest way gives."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import transformers.generation.utils
@@ -126,6 +128,17 @@ def test_a_prompt_of_embeddings_generates_the_same():
     embeddings = moe.get_input_embeddings()(ids)
     out = moe.generate(inputs_embeds=embeddings, max_new_tokens=8, do_sample=False)
     assert torch.equal(out, greedy(moe, ids)[:, 6:])
+
+
+def test_calls_in_threads_take_turns():
+    """Each gets what it asks for, and every token is counted."""
+    moe, ids = tiny_moe(), random_ids(2, 8)
+    expected = {value: greedy(moe, ids, sensitivity=value) for value in (0.2, 0.9)}
+    moe.expert_usage(reset=True)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda value: (value, greedy(moe, ids, sensitivity=value)), [0.2, 0.9] * 12))
+    assert all(torch.equal(out, expected[value]) for value, out in found)
+    assert moe.expert_usage().num_tokens == 24 * 2 * (8 + 7)
 
 
 def test_output_can_be_a_tuple():

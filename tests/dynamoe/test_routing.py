@@ -139,6 +139,9 @@ def test_a_setting_of_one_call_ends_with_it():
         moe.set_sensitivity(1.0)
         hidden = moe.get_decoder()(ids).last_hidden_state  # what some trainers call
         assert torch.equal(moe.get_output_embeddings()(hidden), expected)
+        moe(ids, sensitivity=0.3, expert_index=0)
+        hidden = moe.base_model(ids).last_hidden_state
+        assert torch.equal(moe.get_output_embeddings()(hidden), expected)
 
 
 @pytest.mark.parametrize("router_type", ["ordinal", "classifier"])

@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch._dynamo.testing import CompileCounter
 from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from dynamoe.models import random_ids, spread_routers, tiny_moe
+from dynamoe.training.setting import tiny_tokenizer
 from hf_ext import DynaMoeForCausalLM
 
 
@@ -233,6 +236,25 @@ def test_an_ordinary_trainer_evaluates_it(routing, tmp_path):
     with torch.no_grad():
         losses = [moe(row["input_ids"][None], labels=row["labels"][None]).loss.item() for row in rows]
     assert figures["eval_loss"] == pytest.approx(sum(losses) / 5, rel=1e-4)
+
+
+def test_trl_trains_it_as_it_trains_others(tmp_path):
+    """By the decoder alone, whose states it takes to the output embedding itself."""
+    moe, ids = tiny_moe(eos_token_id=1, pad_token_id=0), random_ids(4, 8)
+    moe.set_sensitivity(0.5)
+    with torch.no_grad():
+        expected = sum(moe(row[None], labels=row[None]).loss.item() for row in ids) / 4
+    options = {"max_steps": 1, "per_device_eval_batch_size": 2, "report_to": "none", "use_cpu": True, "bf16": False}
+    rows = Dataset.from_dict({"input_ids": ids.tolist()})
+    trainer = SFTTrainer(
+        model=moe,
+        args=SFTConfig(str(tmp_path), **options),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tiny_tokenizer(),
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    trainer.train()
 
 
 def test_training_moves_what_a_token_uses():
