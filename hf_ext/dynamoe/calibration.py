@@ -121,6 +121,10 @@ def _token_ids(row: Any, number: int, tokenizer: PreTrainedTokenizerBase | None)
         )
     if tokenizer is None:
         raise ValueError("`calibration_dataset` is text: give its tokenizer as `processing_class`.")
+    if not callable(tokenizer):
+        raise ValueError(
+            f"`processing_class` must be a tokenizer, got {tokenizer!r}: load it with `AutoTokenizer.from_pretrained`."
+        )
     if messages is not None:
         return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
     return list(tokenizer(text)["input_ids"])

@@ -103,6 +103,12 @@ def convert_checkpoint_to_dynamoe(
             "`importance='taylor'` needs gradients through the whole model at once: rank by 'activation_norm', or load the "
             "model and use `convert_to_dynamoe`."
         )
+    try:  # not behind hours of ranking
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ValueError(
+            f"`max_shard_size` must be a number of bytes or a text such as '5GB', got {max_shard_size!r} ({error})"
+        ) from error
     if Path(output_dir).exists() and (not Path(output_dir).is_dir() or any(Path(output_dir).iterdir())):
         raise ValueError(f"`output_dir`='{output_dir}' is there already and not empty: give another, or remove it.")
     dense = dense_skeleton(model)

@@ -109,16 +109,17 @@ class DynaMoeTrainingConfig(SFTConfig):
         checked_sensitivity(self.min_sensitivity, "min_sensitivity")
         if self.sensitivity is not None:
             checked_sensitivity(self.sensitivity)
-        if self.packing or self.padding_free or self.eval_packing:
-            raise ValueError(
-                "`packing` and `padding_free` put several texts into one row, and a row draws one sensitivity for all. Leave "
-                "them off."
-            )
-        if self.loss_type != "nll" or self.label_smoothing_factor or self.use_liger_kernel:
-            raise ValueError(
-                "`loss_type`, `label_smoothing_factor` and `use_liger_kernel` have no effect on the losses of routed tokens; "
-                "leave them at their defaults."
-            )
+        for name in ("packing", "padding_free", "eval_packing"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}`={getattr(self, name)} puts several texts into one row, and a row draws one sensitivity for all: "
+                    "leave it off."
+                )
+        for name, default in (("loss_type", "nll"), ("label_smoothing_factor", 0.0), ("use_liger_kernel", False)):
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"`{name}`={getattr(self, name)!r} has no effect on the losses of routed tokens: leave it at {default!r}."
+                )
         if self.router_steps and getattr(self, "ddp_find_unused_parameters", None) is None:
             # While routers train alone, nothing else gets a gradient.
             self.ddp_find_unused_parameters: bool | None = True

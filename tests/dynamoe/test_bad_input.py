@@ -69,6 +69,10 @@ def refuse(model, words, error=ValueError, **options):
         ({"calibration_dataset": "corpus.txt"}, ["`calibration_dataset`", "str", "load_dataset"]),
         ({"calibration_dataset": {"train": []}}, ["`calibration_dataset`", "splits ['train']"]),
         ({"calibration_dataset": ["a text"]}, ["`calibration_dataset` is text", "`processing_class`"]),
+        (
+            {"calibration_dataset": ["a text"], "processing_class": "gpt2"},
+            ["`processing_class`", "got 'gpt2'", "AutoTokenizer.from_pretrained"],
+        ),
         ({"calibration_dataset": [{"input_ids": [1, 40]}]}, ["token 40", "vocabulary has 40", "`processing_class`"]),
         ({"calibration_dataset": [{"input_ids": [1, -100]}]}, ["`input_ids` of row 0", "-100"]),
         ({"calibration_dataset": [{"input_ids": [[1, 2]]}]}, ["`input_ids` of row 0", "one text"]),

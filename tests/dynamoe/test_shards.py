@@ -148,6 +148,9 @@ def test_what_cannot_be_converted_leaves_nothing_behind(tmp_path):
     refuse(source, target, ["`num_experts`=5"], num_experts=5, expert_widths=None)
     refuse(source, target, ["'taylor'", "convert_to_dynamoe"], importance="taylor", calibration_dataset=["text"])
     refuse(source, target, ["`calibration_dataset`"], importance="activation_norm")
+    unread = (1 / 0 for _ in range(1))
+    words = ["`max_shard_size`", "'5GB'", "got '5 gigs'"]
+    refuse(source, target, words, max_shard_size="5 gigs", importance="activation_norm", calibration_dataset=unread)
     refuse(source, target, ["no text"], importance="activation_norm", calibration_dataset=[])
     refuse(source, source, ["`output_dir`", "not empty"])
     config = json.loads((source / "config.json").read_text())

@@ -244,11 +244,14 @@ def test_wrong_arguments_are_refused(tmp_path):
         ("label_forcing", 1.5),
         ("sensitivity", 1.2),
         ("packing", True),
+        ("padding_free", True),
+        ("label_smoothing_factor", 0.1),
+        ("loss_type", "dft"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, option, value):
-    """With the name of the setting."""
-    with pytest.raises(ValueError, match=f"`{option}`"):
+    """With the name of the setting and what it was."""
+    with pytest.raises(ValueError, match=f"`{option}`.*{value}"):
         settings(tmp_path, **{option: value})
 
 
