@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .calibration import calibration_batches, check_calibration
-from .dense_model import beside, dense_skeleton, nested_config
+from .dense_model import beside, check_formula, dense_skeleton, nested_config
 from .importance import neuron_importance
 from .modeling_dynamoe import DynaMoeForCausalLM
 from .nested_mlp import mlp_places, projection_names
@@ -146,8 +146,9 @@ def convert_to_dynamoe(
     was_training = model.training
     try:
         model.eval()
-        calibration = neuron_importance(model, mlps, batches, importance, disable_tqdm)
         probe = probe_tokens(model, batches)
+        check_formula(model, mlps, probe)
+        calibration = neuron_importance(model, mlps, batches, importance, disable_tqdm)
         before = logits_of(model, probe)
         if importance != "none":
             for mlp, score in zip(mlps, calibration.scores, strict=True):

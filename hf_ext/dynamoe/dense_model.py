@@ -12,7 +12,7 @@ from transformers.utils.hub import cached_file
 
 from .configuration_dynamoe import DynaMoeConfig, equal_widths, mlp_width
 from .modeling_dynamoe import DynaMoeForCausalLM
-from .nested_mlp import CONVERTIBLE, mlp_places
+from .nested_mlp import CONVERTIBLE, activation_of, mlp_places, neurons_of, projection_names
 
 
 def dense_skeleton(name: str | os.PathLike[str]) -> PreTrainedModel:
@@ -86,6 +86,43 @@ def nested_config(
         raise ValueError(f"`expert_widths` must be integers such as (64, 128, 256), got {expert_widths!r}.")
     base_config: PreTrainedConfig = model.config
     return DynaMoeConfig(base_config=base_config, expert_widths=list(expert_widths), dtype=model.dtype, **settings)
+
+
+@torch.no_grad()
+def check_formula(model: PreTrainedModel, mlps: list[Any], ids: torch.Tensor) -> None:
+    """
+    Refuses MLPs that do something else with their projections than a sum over neurons: their slices would be nonsense.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The dense model.
+        mlps (`list[nn.Module]`):
+            Its MLPs.
+        ids (`torch.LongTensor` of shape `(1, num_tokens)`):
+            What to compare on.
+
+    Raises:
+        ValueError: with the architectures that can be converted.
+    """
+    wrong = []
+
+    def compare(mlp: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        *inputs, last = projection_names(mlp)  # type: ignore[misc]
+        again = getattr(mlp, last)(neurons_of(mlp, tuple(inputs), activation_of(mlp), args[0]))
+        if args[0].dim() != 3 or float((again - output).norm()) > 0.01 * float(output.norm()):
+            wrong.append(type(mlp).__name__)
+
+    handles = [mlp.register_forward_hook(compare) for mlp in mlps]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if wrong:
+        raise ValueError(
+            f"A model of type '{model.config.model_type}' can't be converted: what {wrong[0]} computes for rows of tokens is not "
+            f"its output projection of activated neurons. Can be converted: {', '.join(CONVERTIBLE)}, and others with such MLPs."
+        )
 
 
 def beside(kind: Any, name: str | os.PathLike[str], filename: str) -> Any:

@@ -127,7 +127,7 @@ class NestedMlp(nn.Module):
         assert layout is not None, "`nest_mlps` checks it"
         self.dense = dense
         self.inputs, self.output = layout[:-1], layout[-1]
-        self.activation = next(getattr(dense, name) for name in ACTIVATIONS if hasattr(dense, name))
+        self.activation = activation_of(dense)
         self.config, self.layer, self.routing = config, layer, routing
         self.router = DynaMoeRouter(
             config.base_config.hidden_size, config.router_hidden_size, config.num_experts, config.router_type
@@ -244,11 +244,7 @@ class NestedMlp(nn.Module):
         return result
 
     def _hidden(self, x: torch.Tensor) -> torch.Tensor:
-        """All neurons, through the modules themselves: they may be quantised or carry adapters."""
-        inputs = [getattr(self.dense, name)(x) for name in self.inputs]
-        if self.inputs == ("gate_up_proj",):
-            inputs = list(inputs[0].chunk(2, dim=-1))
-        return self.activation(inputs[0]) * inputs[1] if len(inputs) == 2 else self.activation(inputs[0])
+        return neurons_of(self.dense, self.inputs, self.activation, x)
 
     def _hidden_slice(self, x: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """The neurons from `start` to `end` only."""
@@ -276,6 +272,18 @@ class NestedMlp(nn.Module):
             outputs = [down(hidden * (neurons < width)) for width in self.widths]
         norms = self.config.output_norms
         return similarities(torch.stack(outputs), self.config.similarity, norms[self.layer] if norms else None)
+
+
+def neurons_of(mlp: nn.Module, inputs: tuple[str, ...], activation: Any, x: torch.Tensor) -> torch.Tensor:
+    """All neurons of an MLP, through its modules themselves: they may be quantised or carry adapters."""
+    values = [getattr(mlp, name)(x) for name in inputs]
+    if inputs == ("gate_up_proj",):
+        values = list(values[0].chunk(2, dim=-1))
+    return activation(values[0]) * values[1] if len(values) == 2 else activation(values[0])
+
+
+def activation_of(mlp: nn.Module) -> Any:
+    return next(getattr(mlp, name) for name in ACTIVATIONS if hasattr(mlp, name))
 
 
 def projection_names(mlp: nn.Module) -> tuple[str, ...] | None:

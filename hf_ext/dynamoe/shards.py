@@ -27,7 +27,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .calibration import calibration_batches, check_calibration
 from .conversion import ConversionReceipt, logits_of, probe_tokens, receipt_of, reordered_rows
-from .dense_model import beside, dense_skeleton, nested_config
+from .dense_model import beside, check_formula, dense_skeleton, nested_config
 from .importance import neuron_importance
 from .modeling_dynamoe import DynaMoeForCausalLM
 from .nested_mlp import NestedMlp, mlp_places
@@ -134,8 +134,9 @@ def convert_checkpoint_to_dynamoe(
     else:
         with _loaded(model, placed) as running:
             probe = probe_tokens(running, batches)
-            before = logits_of(running, probe).cpu()
             mlps = [getattr(parent, name) for parent, name in mlp_places(running, running.config)]
+            check_formula(running, mlps, probe)
+            before = logits_of(running, probe).cpu()
             # Of activations alone: weights are there only while their layer runs.
             calibration = neuron_importance(running, mlps, batches, "activation", disable_tqdm)
         scores, config.output_norms = calibration.scores, calibration.output_norms

@@ -19,6 +19,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
     T5Config,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dynamoe.models import WIDTH, WIDTHS, calibration_rows, random_ids, tiny_model, tiny_moe
 from hf_ext import DynaMoeConfig, DynaMoeForCausalLM, convert_to_dynamoe
@@ -139,6 +140,25 @@ def test_an_architecture_that_cannot_be_converted(tmp_path):
         refuse(folder, words)
     T5Config().save_pretrained(tmp_path / "t5")
     refuse(tmp_path / "t5", ["'t5'", "no causal language model", NAMES_OF_ALL])
+
+
+def test_mlps_that_compute_something_else_with_such_projections(monkeypatch):
+    """By another formula, or within a mixture: they have the names, and slices of them would be nonsense."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            LlamaMLP, "forward", lambda self, x: self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+        )
+        refuse(tiny_model(), ["'llama'", "LlamaMLP", "output projection of activated neurons", NAMES_OF_ALL])
+    small = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    mixture = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **small, **heads))
+    refuse(mixture, ["'llama4_text'", "Llama4TextMLP", NAMES_OF_ALL])
 
 
 def test_a_model_with_an_adapter():
