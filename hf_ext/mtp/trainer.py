@@ -49,7 +49,8 @@ class MtpTrainer(SFTTrainer):
     Raises:
         TypeError: for a configuration or an adapter of another PEFT method, and for a model with an adapter that is no
             [`~peft.PeftModel`].
-        ValueError: for an adapter that was loaded for inference, and for functions of logits, which it would never call.
+        ValueError: for an adapter that was loaded for inference, for functions of logits, which it would never call, and for
+            4-bit weights that have been repacked for inference on a CPU.
 
     Example:
 
@@ -133,6 +134,7 @@ class MtpTrainer(SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        _keep_differentiable(self.model)
         self.num_masks = self._tuned.peft_config[self._tuned.active_adapters[0]].num_masks
         # Of every figure since the last log: the sum, and the number of masks or anchors that it is over.
         self._totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
@@ -326,3 +328,19 @@ class MtpTrainer(SFTTrainer):
             steps += int(output.num_steps)
         model.train(was_training)
         return {"decoded_tokens_per_step": tokens / steps} if steps else {}
+
+
+def _keep_differentiable(model: torch.nn.Module) -> None:
+    """
+    On a CPU bitsandbytes repacks 4-bit weights in the first pass that carries no gradients, such as pass one of a step,
+    and no gradient gets through the packed ones.
+    """
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"The 4-bit weights of `model` ({name}) have been repacked for inference on a CPU, by a pass without "
+                "gradients, and nothing can be trained over them. Load the model anew and give it to the trainer before it "
+                "generates."
+            )
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
