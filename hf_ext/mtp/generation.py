@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from .decoding import Emitter, SpeculativeForward
 from .lean_lora import lean_lora
 from .options import OPTIONS, SpeculationOptions, options_in
 from .sampler import highest_probability
+from .unembedding import unembedding
 
 
 if TYPE_CHECKING:
@@ -238,7 +240,7 @@ def _speculate(
     loop are ordinary tensors.
     """
     model, head, adapter = forward.model, forward.head, forward.adapter
-    embeddings, unembed = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings, unembed = model.get_input_embeddings(), unembedding(model)
     device = forward.device
 
     token_ids = emitter.prompt[0, forward.length :].to(device)
@@ -283,7 +285,7 @@ def _draft(
     last_token: torch.Tensor,
     mask_states: torch.Tensor,
     embeddings: torch.nn.Module,
-    unembed: torch.nn.Module,
+    unembed: Callable[[torch.Tensor], torch.Tensor],
     options: SpeculationOptions,
 ) -> tuple[torch.Tensor, list[float]]:
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -164,7 +164,7 @@ class MtpHead(nn.Module, BaseTunerLayer):
         last_token: torch.Tensor,
         mask_states: torch.Tensor,
         embeddings: nn.Module,
-        unembed: nn.Module,
+        unembed: Callable[[torch.Tensor], torch.Tensor],
         least_probability: float = 0.0,
     ) -> tuple[torch.Tensor, list[float]]:
         """
@@ -179,8 +179,8 @@ class MtpHead(nn.Module, BaseTunerLayer):
                 Hidden states of the masks of its block.
             embeddings (`nn.Module`):
                 The base model's input embedding.
-            unembed (`nn.Module`):
-                The base model's output embedding.
+            unembed (`Callable`):
+                From states to the base model's logits.
             least_probability (`float`, *optional*, defaults to `0.0`):
                 Ends with the first guess that is less likely to be reached and right; 0 makes all of them.
 

@@ -20,6 +20,7 @@ from . import layout
 from .checks import check_text_length
 from .decoding import SUPPORTED_ATTENTION, additive_mask, attention_patterns
 from .losses import IGNORE_INDEX, latent_consistency, token_cross_entropy
+from .unembedding import unembedding
 
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _mask_pass(
     measure_agreement: bool,
 ) -> tuple[torch.Tensor, ...]:
     """The second pass over the masks of some anchors; the fields of [`MtpForwardOutput`] in their order."""
-    head, embeddings, unembed = model.mtp_head, model.get_input_embeddings(), model.get_output_embeddings()
+    head, embeddings, unembed = model.mtp_head, model.get_input_embeddings(), unembedding(model)
     vectors = head.lora_mask_vectors[adapter]
     (batch_size, length), num_masks, num_anchors = input_ids.shape, vectors.shape[0], anchors.shape[1]
     rows = torch.arange(batch_size, device=anchors.device)[:, None]

@@ -64,6 +64,7 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "granite": ("granite", {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}),
     "gpt_neox": ("gpt_neox", {"num_attention_heads": 3}),
     # Calls linear layers with all sequences of a batch one behind the other.
     "opt": ("opt", {"num_attention_heads": 3, "ffn_dim": 40, "word_embed_proj_dim": 24}),

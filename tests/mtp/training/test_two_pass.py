@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hf_ext.mtp import layout
 from hf_ext.mtp.losses import IGNORE_INDEX
 from hf_ext.mtp.two_pass import MtpForwardOutput, two_pass_forward
+from hf_ext.mtp.unembedding import unembedding
 from mtp.models import SHAPES_AND_ATTENTION, VOCAB_SIZE, randomise, tiny_model
 from mtp.training.setting import NUM_MASKS, gated
 
@@ -90,7 +91,7 @@ def interleaved_states(base: PreTrainedModel, ids: torch.Tensor) -> dict[tuple[i
 def interleaved_losses(model: PeftModel, soft_target_weight: float = 0.0) -> dict[str, list[torch.Tensor]]:
     """The paper's losses, one by one in the order of rows, anchors and slots; those without a label are left out."""
     base = model.base_model.model
-    head, embed, unembed = base.mtp_head, base.get_input_embeddings(), base.get_output_embeddings()
+    head, embed, unembed = base.mtp_head, base.get_input_embeddings(), unembedding(base)
     losses: dict[str, list[torch.Tensor]] = {name: [] for name in LOSSES}
     for length, anchors in ROWS:
         ids, labels = row_of(length)
