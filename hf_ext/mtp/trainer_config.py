@@ -27,8 +27,8 @@ class MtpConfig(SFTConfig):
             Masks are placed behind this many tokens of each sequence, drawn anew at every step, instead of behind all of
             them. The gradient stays unbiased and a step's cost no longer grows with the square of the length.
         anchors_per_chunk (`int`, *optional*, defaults to `32`):
-            With `gradient_checkpointing=True` the masks of this many anchors run at a time and are recomputed in the
-            backward pass, which bounds the memory and changes nothing else.
+            With `activation_checkpointing=True` (`gradient_checkpointing` before transformers 5.23) the masks of this many
+            anchors run at a time and are recomputed in the backward pass, which bounds the memory and changes nothing else.
         eval_decoding_prompts (`int`, *optional*, defaults to `8`):
             Prompts of the evaluation set that are really decoded at every evaluation; 0 for none.
         eval_decoding_tokens (`int`, *optional*, defaults to `128`):
@@ -40,7 +40,7 @@ class MtpConfig(SFTConfig):
         lr_scheduler_type (`str`, *optional*, defaults to `"constant_with_warmup"`):
             The paper's.
         gradient_checkpointing (`bool`, *optional*):
-            Off by default, unlike in SFT: only masks carry gradients.
+            Off by default, unlike in SFT: only masks carry gradients. `activation_checkpointing=True` turns it on.
 
     Raises:
         ValueError: for negative weights, counts below 1, and options of SFT that masks can't be trained with.
@@ -54,7 +54,7 @@ class MtpConfig(SFTConfig):
     )
     anchors_per_sequence: int = field(default=128, metadata={"help": "Tokens per sequence with masks behind them."})
     anchors_per_chunk: int = field(
-        default=32, metadata={"help": "Anchors that run at a time with gradient checkpointing."}
+        default=32, metadata={"help": "Anchors that run at a time with activation checkpointing."}
     )
     eval_decoding_prompts: int = field(default=8, metadata={"help": "Prompts that are decoded at every evaluation."})
     eval_decoding_tokens: int = field(default=128, metadata={"help": "New tokens for each of these prompts."})

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, DistilBertConfig, DistilBertMode
 from hf_ext import AutoModelForKeywordSpotting, DspForKeywordSpotting, DspKwsConfig
 from kws.saving import assert_same_model
 from kws.travelling import output_without_the_package
+from versions import CHECKPOINTING
 
 
 SMALL = {
@@ -250,7 +251,7 @@ class TestLosses:
         inputs = {**(batch_of_words() if words else batch()), **self.labels()}
         if mode == "checkpointing":
             expected = model(**inputs).loss
-            model.activation_checkpointing_enable()
+            getattr(model, f"{CHECKPOINTING}_enable")()
             torch.testing.assert_close(model(**inputs).loss, expected)
         if mode == "bfloat16":
             model, inputs["input_features"] = model.to(torch.bfloat16), inputs["input_features"].to(torch.bfloat16)

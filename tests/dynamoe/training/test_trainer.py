@@ -10,6 +10,7 @@ from trl import SFTConfig
 from dynamoe.models import tiny_model
 from dynamoe.training.setting import logged, nested, settings, texts, tiny_tokenizer, tiny_trainer, weights_of
 from hf_ext import DynaMoeTrainer
+from versions import CHECKPOINTING
 
 
 FIGURES = ("loss", "lm_loss", "router_loss", "active_fraction", "router_accuracy")
@@ -104,7 +105,7 @@ def test_resumed_training_is_the_same(tmp_path, straight_through):
 def test_checkpointed_activations_change_nothing(tmp_path, straight_through):
     """Layers that run again in the backward pass route as they did."""
     plain = tiny_trainer(tmp_path / "a", straight_through=straight_through)
-    checkpointed = tiny_trainer(tmp_path / "b", activation_checkpointing=True, straight_through=straight_through)
+    checkpointed = tiny_trainer(tmp_path / "b", **{CHECKPOINTING: True}, straight_through=straight_through)
     plain.train()
     checkpointed.train()
     assert_same_run(checkpointed, plain)

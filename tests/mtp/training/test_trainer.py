@@ -22,6 +22,7 @@ from mtp.training.setting import (
     tiny_lm,
     tiny_trainer,
 )
+from versions import CHECKPOINTING
 
 
 def weights_of(trainer: MtpTrainer) -> dict[str, torch.Tensor]:
@@ -118,12 +119,12 @@ def test_the_loss_is_that_of_the_masks_with_a_label(tmp_path):
     assert terms["sampler_loss"] > 0
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path):
+def test_activation_checkpointing_changes_nothing(tmp_path):
     """Some anchors at a time, computed again in the backward pass: the same losses and weights."""
     # In double precision, since Adam makes large steps of the noise in gradients that are nearly zero.
     whole = tiny_trainer(tmp_path, model=tiny_lm().double())
     whole.train()
-    chunked = tiny_trainer(tmp_path, model=tiny_lm().double(), gradient_checkpointing=True, anchors_per_chunk=3)
+    chunked = tiny_trainer(tmp_path, model=tiny_lm().double(), **{CHECKPOINTING: True}, anchors_per_chunk=3)
     chunked.train()
     assert_same_run(chunked, whole)
 

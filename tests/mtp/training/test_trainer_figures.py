@@ -13,17 +13,18 @@ from mtp.training.setting import (
     tiny_lm,
     tiny_trainer,
 )
+from versions import CHECKPOINTING
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_an_evaluation_decodes_and_reports_every_slot(tmp_path, gradient_checkpointing):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_evaluation_decodes_and_reports_every_slot(tmp_path, checkpointing):
     """During training: losses, the agreement of each slot, expected and real tokens per step."""
     trainer = tiny_trainer(
         tmp_path,
         eval_dataset=texts(4, seed=9),
         eval_strategy="steps",
         eval_steps=2,
-        gradient_checkpointing=gradient_checkpointing,
+        **{CHECKPOINTING: checkpointing},
     )
     trainer.train()
     reports = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
