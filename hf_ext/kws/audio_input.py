@@ -87,6 +87,12 @@ def to_mono_float(clip: Any, channel_axis: int | None, name: str, may_be_empty: 
     if channel_axis is not None:
         if channel_axis not in (-2, -1, 0, 1):
             raise ValueError(f"`channel_axis` must be 0 or 1 (or -1, -2), got {channel_axis}.")
+        if array.shape[channel_axis] > _MOST_CHANNELS:
+            # The axis of the samples: their mean would pass for a clip of as many samples as there are channels.
+            raise ValueError(
+                f"`channel_axis` is {channel_axis}, and `{name}` of the shape {array.shape} would have "
+                f"{array.shape[channel_axis]} channels: name the other axis. Floats of one channel need none."
+            )
         samples = samples.mean(axis=channel_axis)
     return torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
 

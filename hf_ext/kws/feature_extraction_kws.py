@@ -1,8 +1,10 @@
 """The audio front end of keyword spotting: one computation for training, whole files and streams."""
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -120,13 +122,13 @@ class KwsFeatureExtractor(SequenceFeatureExtractor):
         if feature_type not in ("log_mel", "fbank"):
             raise ValueError(f"`feature_type` must be 'log_mel' or 'fbank', got {feature_type!r}.")
         for name, value in {"win_length": win_length, "hop_length": hop_length, "feature_size": feature_size}.items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"`{name}` must be at least 1, and an integer, got {value!r}.")
         if hop_length > win_length:
             raise ValueError(f"`hop_length` ({hop_length}) leaves samples out between windows of {win_length}.")
         if mel_floor is not None and mel_floor <= 0:
             raise ValueError(f"`mel_floor` must be positive, got {mel_floor}.")
-        highest = f_max or sampling_rate / 2
+        highest = sampling_rate / 2 if f_max is None else f_max
         if not 0 <= f_min < highest <= sampling_rate / 2:
             raise ValueError(
                 f"`f_min` ({f_min}) and `f_max` ({f_max}) must be a range within 0 to half the sampling rate, "
@@ -135,6 +137,12 @@ class KwsFeatureExtractor(SequenceFeatureExtractor):
         for name, figures in {"mean": mean, "std": std}.items():
             if figures is not None and len(figures) != feature_size:
                 raise ValueError(f"`{name}` has {len(figures)} values for {feature_size} channels (`feature_size`).")
+            if figures is not None and not all(map(math.isfinite, figures)):
+                raise ValueError(
+                    f"`{name}` has values that are NaN or infinite: take them from clips, with `normalized`."
+                )
+        if std is not None and min(std) <= 0:
+            raise ValueError(f"`std` must be positive in each channel, got {min(std)}: features are divided by it.")
         self.feature_type = feature_type
         self.win_length = win_length
         self.hop_length = hop_length

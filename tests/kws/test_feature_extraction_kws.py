@@ -225,6 +225,8 @@ class TestBadInput:
             (np.zeros((16000, 8)), {}, "channel_axis=-1"),
             (np.zeros(9), {"channel_axis": 0}, "two axes"),
             (np.zeros((9, 2)), {"channel_axis": 2}, "must be 0 or 1"),
+            (np.zeros((16000, 2)), {"channel_axis": 0}, "16000 channels: name the other axis"),
+            ([np.zeros((8, 16000))], {"channel_axis": -1}, "16000 channels: name the other axis"),
             (np.zeros(9, dtype=np.int64), {}, "int64, whose scale is unknown"),
             ([0, 1, 2], {}, "int64, whose scale is unknown"),
             (np.zeros(9, dtype=bool), {}, "holds bool"),
@@ -247,9 +249,13 @@ class TestBadInput:
         [
             ({"feature_type": "mfcc"}, "'log_mel' or 'fbank', got 'mfcc'"),
             ({"hop_length": 0}, "`hop_length` must be at least 1"),
+            ({"win_length": 400.5}, "`win_length` must be at least 1, and an integer, got 400.5"),
             ({"hop_length": 500}, "leaves samples out"),
+            ({"f_max": 0.0}, r"`f_max` \(0.0\) must be a range"),
             ({"f_max": 9000.0}, "half the sampling rate"),
             ({"mean": [0.0]}, "`mean` has 1 values for 80 channels"),
+            ({"mean": [np.nan] * 80}, "`mean` has values that are NaN or infinite"),
+            ({"std": [1.0] * 79 + [0.0]}, "`std` must be positive in each channel, got 0.0"),
             ({"mel_floor": 0.0}, "`mel_floor` must be positive"),
         ],
     )
