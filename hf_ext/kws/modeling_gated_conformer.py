@@ -232,19 +232,23 @@ class GatedConformerForKeywordDetection(GatedConformerPreTrainedModel):
         is_short = final and not state.num_windows and not state.steps.shape[1] and frames.shape[1] < LEAST_FRAMES
         if is_short:
             frames = F.pad(frames, (0, 0, 0, LEAST_FRAMES - frames.shape[1]))
-        steps = state.steps
+        steps, to_skip = state.steps, state.num_skipped
         if frames.shape[1] >= LEAST_FRAMES:
             new_steps = self.subsampling(frames)
             frames = frames[:, FRAMES_PER_STEP * new_steps.shape[1] :].clone()
-            steps = torch.cat([steps, new_steps], dim=1)
+            steps = torch.cat([steps, new_steps[:, to_skip:]], dim=1)
+            to_skip = max(to_skip - new_steps.shape[1], 0)
         is_complete = steps.shape[1] >= self.config.window_steps or (final and not state.num_windows)
         num_steps = torch.full((len(steps),), steps.shape[1] if is_complete else 0, device=steps.device)
         output = self._windows(steps[:, : int(num_steps[0])], num_steps, gated, gate_threshold)
         num_new = len(output.window_starts)
         output.window_starts = output.window_starts + state.num_windows * self.config.hop_frames
+        passed = num_new * self.config.hop_steps
         new_state = GatedConformerStreamState(
             frames=frames,
-            steps=steps[:, num_new * self.config.hop_steps :].clone(),
+            steps=steps[:, passed:].clone(),
+            # Where windows are farther apart than they are long, steps to come are of none.
+            num_skipped=to_skip + max(passed - steps.shape[1], 0),
             num_windows=state.num_windows + num_new,
             finished=final,
         )

@@ -71,12 +71,15 @@ class GatedConformerStreamState:
             Windows given out so far.
         finished (`bool`):
             Whether the last frames were passed.
+        num_skipped (`int`):
+            Coming steps that no window sees, with a `hop_frames` longer than a window.
     """
 
     frames: torch.Tensor
     steps: torch.Tensor
     num_windows: int = 0
     finished: bool = False
+    num_skipped: int = 0
 
 
 @dataclass

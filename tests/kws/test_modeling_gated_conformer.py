@@ -90,6 +90,14 @@ class TestStreaming:
         same(streamed(model, clips, size)[0], model(clips))
         same(streamed(model, clips, size, gated=False)[0], model(clips, gated=False))
 
+    @pytest.mark.parametrize("size", [1, 7, 30, 1000])
+    @pytest.mark.parametrize("hop", [40, 44, 120])
+    def test_windows_may_be_farther_apart_than_they_are_long(self, hop, size):
+        model, clips = small_model(hop_frames=hop), features(1, 300, 16)
+        ours, _ = streamed(model, clips, size)
+        same(ours, model(clips))
+        assert ours.window_starts.tolist() == model(clips).window_starts.tolist()
+
     @pytest.mark.parametrize("frames", [1, 6, 7, 20, 39, 40])
     def test_less_than_a_window_is_one_when_the_stream_ends(self, frames):
         model, clips = small_model(), features(1, frames, 16)
