@@ -5,7 +5,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_kws_encoder import check_encoder
+from .configuration_kws_encoder import check_encoder, check_sizes
 
 
 @strict
@@ -48,7 +48,7 @@ class CedConfig(PreTrainedConfig):
             Weights of the two losses. The paper has one of them at a time, the other would be 0.
 
     Raises:
-        ValueError: if heads don't divide the width, the kernel is even, or there are too few channels.
+        ValueError: if a size is not positive, heads don't divide the width, the kernel is even, or there are too few channels.
 
     Example:
 
@@ -82,4 +82,5 @@ class CedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_encoder(self)
+        check_sizes(self, "verifier_size")
         super().__post_init__(**kwargs)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_kws_encoder import check_encoder
+from .configuration_kws_encoder import check_encoder, check_sizes
 
 
 @strict
@@ -120,6 +120,7 @@ class DspKwsConfig(PreTrainedConfig):
                 "`hidden_size`: take one such as DistilBERT."
             )
         check_encoder(self)
+        check_sizes(self, "projection_size", "num_text_layers")
         for name in ("attention_temperature", "initial_temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")

@@ -5,6 +5,8 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .configuration_kws_encoder import check_sizes
+
 
 # Frames from one step of the encoder to the next: its entrance halves the rate twice.
 FRAMES_PER_STEP = 4
@@ -67,7 +69,7 @@ class GatedConformerConfig(PreTrainedConfig):
             Weights of the four losses. The paper's are not known.
 
     Raises:
-        ValueError: if heads don't divide the width, the kernel is even, the window is shorter than a step, the hop is no
+        ValueError: if a size is not positive, heads don't divide the width, the kernel is even, the window is shorter than a step, the hop is no
             multiple of 4, or a probability, temperature, weight or factor is out of range.
 
     Example:
@@ -119,6 +121,8 @@ class GatedConformerConfig(PreTrainedConfig):
     gate_loss_weight: float | int = 0.1
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_sizes(self, "num_mel_bins", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        check_sizes(self, "intermediate_size", "conv_kernel_size")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) does not divide `hidden_size` ({self.hidden_size})."

@@ -35,7 +35,7 @@ class KwsConformerConfig(PreTrainedConfig):
             Dropout in training.
 
     Raises:
-        ValueError: if heads don't divide the width, the kernel is even, or there are too few channels.
+        ValueError: if a size is not positive, heads don't divide the width, the kernel is even, or there are too few channels.
 
     Example:
 

@@ -226,6 +226,7 @@ class TestBadInput:
             ({"num_attention_heads": 5}, "`num_attention_heads` "),
             ({"conv_kernel_size": 4}, "must be odd, got 4"),
             ({"num_mel_bins": 3}, "at least 7"),
+            ({"verifier_size": 0}, "`verifier_size` must be at least 1, got 0"),
         ],
     )
     def test_settings_are_refused_by_name(self, settings, message):

@@ -330,6 +330,8 @@ class TestBadInput:
             ({"conv_kernel_size": 4}, "must be odd, got 4"),
             ({"window_frames": 6}, "at least 7"),
             ({"hop_frames": 6}, "multiple of 4"),
+            ({"num_hidden_layers": -1}, "`num_hidden_layers` must be at least 1, got -1"),
+            ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1, got 0"),
             ({"gate_threshold": 1.5}, "`gate_threshold` must be from 0 to 1, got 1.5"),
             ({"gate_open_probability": 1.0}, "`gate_open_probability` must be between"),
             ({"gate_temperature": 0.0}, "`gate_temperature` must be positive"),

@@ -294,6 +294,11 @@ class TestBadInput:
             ({"num_matcher_heads": 5}, "`num_matcher_heads` "),
             ({"conv_kernel_size": 4}, "must be odd, got 4"),
             ({"num_mel_bins": 3}, "at least 7"),
+            ({"hidden_size": 0}, "`hidden_size` must be at least 1, got 0"),
+            ({"num_hidden_layers": -1}, "`num_hidden_layers` must be at least 1, got -1"),
+            ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1, got 0"),
+            ({"max_phonemes": 0}, "`max_phonemes` must be at least 1, got 0"),
+            ({"num_matcher_heads": 0}, "`num_matcher_heads` must be at least 1, got 0"),
         ],
     )
     def test_settings_are_refused_by_name(self, settings, message):
