@@ -221,7 +221,8 @@ class CedForKeywordSpotting(CedPreTrainedModel):
         """Log odds of phrases, one row of them for each clip or for all, and whether they are short enough for the clips."""
         frames, frame_mask = audio.last_hidden_state, audio.attention_mask
         directions = F.normalize(frames, dim=-1)[:, None]
-        similarity = directions @ F.normalize(phonemes, dim=-1).transpose(-1, -2).to(directions.dtype)
+        # In single precision: the zeros of a phoneme that was never heard would not be numbers in half of it.
+        similarity = directions @ F.normalize(phonemes.float(), dim=-1).transpose(-1, -2).to(directions.dtype)
         # The best partition is taken for granted: gradients go through the cosines and states along it.
         path = dynamic_partition(similarity, frame_mask[:, None], mask)
         owners = F.one_hot(path + 1, mask.shape[-1] + 1)[..., 1:].to(similarity.dtype)

@@ -90,6 +90,15 @@ class TestForward:
         output.loss.backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_says_nearly_the_same(self, dtype):
+        inputs, model = batch(), small_model()
+        # A phoneme that was never heard has a vector of zeros.
+        model.phoneme_table.vectors[inputs["keyword_ids"][0, 0]] = 0
+        expected = model(**inputs).logits
+        found = model.to(dtype)(**{**inputs, "input_features": inputs["input_features"].to(dtype)}).logits
+        torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
+
     def test_there_is_no_longest_phrase(self, model):
         assert model(**batch((300, 60, 60), (60, 5, 2))).logits[0] > -20
 
