@@ -158,9 +158,19 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
         Args:
             keyword_ids (`torch.Tensor` of shape `(num_phrases, num_phonemes)`):
                 Their phonemes, padded on the right. A hundred common words of three to six phonemes do.
+
+        Raises:
+            ValueError: if one has more phonemes than `max_phonemes`, also with `head_type="shared"`.
         """
-        ids, _ = self._padded_phrases(keyword_ids, None)
-        self.cohort = ids.to(self.ctc_head.weight.device)
+        ids, mask = self._padded_phrases(keyword_ids, None)
+        most = self.config.max_phonemes
+        if mask[:, most:].any():
+            # The buffer of a model that is loaded has this width.
+            raise ValueError(
+                f"`keyword_ids` has a phrase of {int(mask.sum(-1).max())} phonemes, and those of a cohort have at most {most} "
+                "(`max_phonemes`): leave it out."
+            )
+        self.cohort = ids[:, :most].to(self.ctc_head.weight.device)
         self.config.cohort_size = len(ids)
 
     def get_text_features(

@@ -105,3 +105,13 @@ def test_cohort_takes_off_what_can_be_read_anywhere(tmp_path):
     # In a clip that no phrase of the cohort fits into, a phrase gains nothing worth a detection by it.
     short = model.get_audio_features(torch.randn(1, 8, 80))
     assert model.score(short, model.get_text_features(ids)).max() < -100
+
+
+def test_cohort_is_no_longer_than_what_is_loaded(tmp_path):
+    model = SlickForKeywordSpotting(SlickConfig(hidden_size=16, num_hidden_layers=1, head_type="shared"))
+    with pytest.raises(ValueError, match="a phrase of 26 phonemes, and those of a cohort have at most 25"):
+        model.set_cohort(torch.full((1, 26), 9))
+    # Padding beyond it is none of the phrase.
+    model.set_cohort(torch.tensor([[9] * 25 + [0] * 5]))
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(SlickForKeywordSpotting.from_pretrained(tmp_path).cohort, torch.full((1, 25), 9))
