@@ -60,12 +60,21 @@ class TextDefinedKwsPreTrainedModel(KwsEncoderPreTrainedModel):
     def _check_pairs(
         self, input_features: torch.Tensor, keyword_ids: torch.Tensor | None, labels: torch.Tensor | None
     ) -> None:
+        """Whether there are as many phrases as clips, and labels as labels are."""
         if keyword_ids is None and labels is not None:
             raise ValueError("`labels` say whether a clip holds a phrase: `keyword_ids` are missing.")
         if keyword_ids is not None and len(keyword_ids) != len(input_features):
             raise ValueError(
                 f"There are {len(keyword_ids)} phrases in `keyword_ids` for {len(input_features)} clips. To match each "
                 "clip with each phrase, use `score`."
+            )
+        if labels is not None and labels.shape != (len(input_features),):
+            raise ValueError(
+                f"`labels` must have the shape ({len(input_features)},), one for each clip, got {tuple(labels.shape)}."
+            )
+        if labels is not None and not bool(((labels >= 0) & (labels <= 1)).all()):
+            raise ValueError(
+                f"`labels` must be 1 where a clip holds its phrase and 0 where it doesn't, got {labels.tolist()[:8]}."
             )
 
     def _output(self, losses: dict[str, torch.Tensor], **parts: Any) -> KeywordSpottingOutput:

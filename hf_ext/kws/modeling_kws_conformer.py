@@ -181,6 +181,14 @@ class KwsConformerEncoder(nn.Module):
         batch, num_frames, _ = input_features.shape
         if attention_mask is None:
             attention_mask = input_features.new_ones((batch, num_frames), dtype=torch.long)
+        elif attention_mask.shape != (batch, num_frames):
+            raise ValueError(
+                f"`attention_mask` has the shape {tuple(attention_mask.shape)} and `input_features` has {(batch, num_frames)} "
+                "frames: one value for each."
+            )
+        else:
+            # What stands in the padding must not reach the state of a clip of a few frames.
+            input_features = input_features.masked_fill(~attention_mask.bool()[..., None], 0.0)
         input_features = F.pad(input_features, (0, 0, 0, max(_LEAST_FRAMES - num_frames, 0)))
         hidden = self.dropout(self.subsampling(input_features))
         lengths = self.subsampling.reduced(attention_mask.sum(-1).clamp(min=_LEAST_FRAMES))

@@ -89,6 +89,12 @@ class TestForward:
             same = torch.allclose(model(**inputs).logits, model(**swapped).logits, atol=1e-6)
             assert same is not knows
 
+    @pytest.mark.parametrize("frames", [1, 3, 6, 41])
+    def test_what_stands_in_the_padding_does_not_matter(self, model, frames):
+        inputs = batch((frames, 60), (3, 3))
+        noisy = inputs["input_features"].masked_fill(~inputs["attention_mask"].bool()[..., None], 7.0)
+        torch.testing.assert_close(model(**{**inputs, "input_features": noisy}).logits, model(**inputs).logits)
+
     def test_longer_phrases_with_the_shared_head(self):
         model = small_model(head_type="shared")
         assert model(**batch(phonemes=(30, 5, 2))).logits.shape == (3,)
@@ -281,6 +287,11 @@ class TestBadInput:
             ({"keyword_ids": torch.ones(2, 5, dtype=torch.long)}, "2 phrases in `keyword_ids` for 3 clips"),
             ({"keyword_ids": torch.ones(5, dtype=torch.long)}, "for 3 clips"),
             ({"keyword_ids": None, "labels": torch.ones(3)}, "`keyword_ids` are missing"),
+            ({"labels": torch.ones(3, 1)}, r"`labels` must have the shape \(3,\), one for each clip, got \(3, 1\)"),
+            ({"labels": torch.tensor([1, 0, -100])}, r"`labels` must be 1 where .* got \[1, 0, -100\]"),
+            ({"labels": torch.tensor([1.0, 0.0, float("nan")])}, "`labels` must be 1 where"),
+            ({"attention_mask": torch.ones(3, 20)}, r"`attention_mask` has the shape \(3, 20\)"),
+            ({"attention_mask": torch.ones(1, 90)}, r"`attention_mask` has the shape \(1, 90\)"),
         ],
     )
     def test_input_is_refused_by_name(self, change, message):
