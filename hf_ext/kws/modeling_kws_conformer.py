@@ -118,7 +118,14 @@ class KwsConformerConvolution(nn.Module):
         hidden = self.depthwise(hidden.transpose(1, 2)).transpose(1, 2)
         if self.training:
             # Statistics of speech alone: how much padding a batch happens to have must not matter.
-            normed = self.batch_norm(hidden[mask])
+            speech, norm = hidden[mask], self.batch_norm
+            if len(speech) > 1:
+                normed = norm(speech)
+            else:
+                # A single state, of one very short clip, has no deviation of its own.
+                normed = F.batch_norm(
+                    speech, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+                )
             hidden = torch.zeros_like(hidden, dtype=normed.dtype).masked_scatter(mask[..., None], normed)
         else:
             hidden = self.batch_norm(hidden.transpose(1, 2)).transpose(1, 2)

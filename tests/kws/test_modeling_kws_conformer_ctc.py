@@ -61,6 +61,12 @@ class TestForward:
         loss, logits = model(**inputs, labels=LABELS, return_dict=False)
         assert loss.dim() == 0 and logits.shape == (3, 21, 74)
 
+    def test_one_clip_of_one_state_is_trained_on(self):
+        model = small_model().train()
+        loss = model(torch.randn(1, 8, 16), labels=torch.tensor([[5]])).loss
+        loss.backward()
+        assert loss.isfinite() and all(weight.grad.isfinite().all() for weight in model.parameters())
+
     def test_every_weight_is_trained(self):
         model = small_model().train()
         model(**batch(), labels=LABELS).loss.backward()
