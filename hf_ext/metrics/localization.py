@@ -99,16 +99,25 @@ def localization_scores(
 
 def _matches(found: list[Any], actual: list[Any], min_iou: float) -> list[float]:
     """The intersections over union of the matched intervals."""
+    found, actual = ([_with_label(interval) for interval in side] for side in (found, actual))
     if not found or not actual:
-        for interval in found + actual:
-            _interval(interval)
         return []
-    ious = np.array([[interval_iou(a[:2], b[:2]) if a[2:] == b[2:] else 0.0 for b in actual] for a in found])
+    ious = np.array([[interval_iou(a[:2], b[:2]) if a[2] == b[2] else 0.0 for b in actual] for a in found])
     may_match = ious >= min_iou
     # One more match weighs more than any overlap of the others.
     weights = np.where(may_match, min(ious.shape) + ious, 0.0)
     rows, columns = _scipy_optimize().linear_sum_assignment(weights, maximize=True)
     return [float(ious[i, j]) for i, j in zip(rows, columns, strict=True) if may_match[i, j]]
+
+
+def _with_label(interval: Any) -> tuple[float, float, Any]:
+    """Start, end and label, `None` without one. Intervals come as tuples, from JSON as lists, and as rows of arrays."""
+    parts = list(interval) if hasattr(interval, "__len__") and not isinstance(interval, str) else []
+    if len(parts) not in (2, 3):
+        raise ValueError(
+            f"{interval!r} is no interval: those of a clip are a list of (start, end) or (start, end, label)."
+        )
+    return (*_interval(parts), parts[2] if len(parts) == 3 else None)
 
 
 def _interval(interval: Any) -> tuple[float, float]:

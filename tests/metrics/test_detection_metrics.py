@@ -203,6 +203,23 @@ class TestLocalization:
         assert localization_scores([[(0, 1, "stop")]], [[(0, 1, "go")]]).f1 == 0.0
         assert localization_scores([[(0, 1, "stop")]], [[(0, 1, "stop")]]).f1 == 1.0
 
+    @pytest.mark.parametrize(
+        "as_type", [tuple, list, np.array, torch.tensor, lambda pair: torch.tensor(pair).bfloat16()]
+    )
+    def test_intervals_of_any_type(self, as_type):
+        found, actual = [[as_type([0.0, 1.0])]], [[(0.0, 1.0)]]
+        assert localization_scores(found, actual) == localization_scores(actual, found) == (1.0, 1.0, 1.0, 1.0)
+
+    def test_labels_of_lists_are_those_of_tuples(self):
+        assert localization_scores([[[0, 1, "go"]]], [[(0, 1, "go")]]).f1 == 1.0
+        assert localization_scores([[[0, 1, "go"]]], [[(0, 1, "stop")]]).f1 == 0.0
+
+    @pytest.mark.parametrize("interval", [0.0, (0.0,), (0.0, 1.0, "go", 0.9), "01"])
+    def test_what_is_no_interval_is_refused(self, interval):
+        for sides in ([[interval]], [[(0, 1)]]), ([[interval]], [[]]), ([[(0, 1)]], [[interval]]):
+            with pytest.raises(ValueError, match="is no interval"):
+                localization_scores(*sides)
+
     def test_nothing_there_and_nothing_found(self):
         assert localization_scores([[]], [[]]).f1 == 1.0
         assert localization_scores([[(0, 1)]], [[]])[:3] == (0.0, 0.0, 0.0)
