@@ -144,8 +144,9 @@ def frr_at_false_alarms_per_hour(
         [`OperatingPoint`]: at the lowest threshold that keeps to the bound.
 
     Raises:
-        ValueError: if there is no keyword, `hours` is not positive, the bound is negative, or scores and labels are at
-            fault as in [`roc_auc`]. No detection where nothing was spoken is fine.
+        ValueError: if there is no keyword, `hours` is not positive or the bound is negative, one of them is not finite, more
+            detections than the bound allows score infinity, or scores and labels are at fault as in [`roc_auc`]. No detection
+            where nothing was spoken is fine.
 
     Example:
 
@@ -159,13 +160,18 @@ def frr_at_false_alarms_per_hour(
     values, targets = _checked(scores, labels)
     if not targets.any():
         raise ValueError("`labels` has no 1: there is no keyword that could be missed.")
-    if not hours > 0:
-        raise ValueError(f"`hours` must be positive, got {hours}.")
-    if not false_alarms_per_hour >= 0:
-        raise ValueError(f"`false_alarms_per_hour` must not be negative, got {false_alarms_per_hour}.")
+    if not 0 < hours < np.inf:
+        raise ValueError(f"`hours` must be positive and finite, got {hours}.")
+    if not 0 <= false_alarms_per_hour < np.inf:
+        raise ValueError(f"`false_alarms_per_hour` must be finite and not negative, got {false_alarms_per_hour}.")
     alarms = np.sort(values[~targets])[::-1]
     # The rounding is for bounds such as 0.1 per hour over 30 hours, which is a little below 3.
-    allowed = int(np.floor(round(false_alarms_per_hour * hours, 9)))
+    allowed = int(min(round(false_alarms_per_hour * hours, 9), len(alarms)))
+    if allowed < len(alarms) and alarms[allowed] == np.inf:
+        raise ValueError(
+            f"`scores` are infinite for {int(np.isposinf(alarms).sum())} detections where nothing was spoken: no threshold holds "
+            f"those to {false_alarms_per_hour} per hour."
+        )
     # The first alarm that is one too many has to fall below the threshold, and with it those that score the same.
     threshold = np.nextafter(alarms[allowed], np.inf) if allowed < len(alarms) else np.nextafter(-np.inf, 0)
     return OperatingPoint(
@@ -279,7 +285,7 @@ def share_of_macs_skipped(
     0.375
     ```
     """
-    ran, macs = np.asarray(gates, dtype=np.float64), np.asarray(macs_per_module, dtype=np.float64)
+    ran, macs = _array(gates, np.float64), _array(macs_per_module, np.float64)
     if ran.ndim == 0 or macs.ndim != 1 or ran.shape[-1] != len(macs):
         raise ValueError(f"`gates` of shape {ran.shape} don't fit `macs_per_module` of shape {macs.shape}.")
     if not np.isin(ran, (0, 1)).all():
@@ -287,7 +293,7 @@ def share_of_macs_skipped(
     if (macs < 0).any() or always_on < 0:
         raise ValueError("`macs_per_module` and `always_on` must not be negative.")
     if mask is not None:
-        kept = np.asarray(mask).astype(bool)
+        kept = _array(mask).astype(bool)
         if kept.shape != ran.shape[:-1]:
             raise ValueError(f"`mask` has the shape {kept.shape} and the frames of `gates` have {ran.shape[:-1]}.")
         ran = ran[kept]
@@ -298,9 +304,14 @@ def share_of_macs_skipped(
     return float(((1 - frames) @ macs).sum() / total)
 
 
+def _array(values: Any, dtype: Any = None) -> np.ndarray:
+    # A tensor may be on another device, of a format that NumPy lacks, or want gradients.
+    return np.asarray(values.tolist() if hasattr(values, "detach") else values, dtype=dtype)
+
+
 def _checked(scores: Any, labels: Any, both_classes: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Scores as floats, and labels as booleans."""
-    values, targets = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    values, targets = _array(scores, np.float64), _array(labels)
     if values.ndim != 1 or values.shape != targets.shape:
         raise ValueError(
             f"`scores` and `labels` must be sequences of one length, got the shapes {values.shape} and {targets.shape}."

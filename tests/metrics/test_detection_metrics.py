@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import hf_ext.metrics
 from hf_ext.metrics import (
@@ -104,12 +105,20 @@ class TestFrrAtFalseAlarms:
     def test_without_false_alarms_only_the_undetected_are_missed(self):
         assert frr_at_false_alarms_per_hour([0.5, -np.inf], [1, 1], hours=1).false_rejection_rate == 0.5
 
+    def test_alarms_of_infinite_score_may_be_within_the_bound(self):
+        assert frr_at_false_alarms_per_hour([0.5, np.inf], [1, 0], 1, 1).false_rejection_rate == 0.0
+        assert frr_at_false_alarms_per_hour([0.5, 0.7], [1, 0], 1e300, 1e300).false_rejection_rate == 0.0
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (([0.5], [0], 1), "no keyword"),
-            (([0.5], [1], 0), "`hours` must be positive, got 0"),
-            (([0.5], [1], 1, -1), "must not be negative, got -1"),
+            (([0.5], [1], 0), "`hours` must be positive and finite, got 0"),
+            (([0.5], [1], np.nan), "`hours` must be positive and finite, got nan"),
+            (([0.5], [1], np.inf), "`hours` must be positive and finite, got inf"),
+            (([0.5], [1], 1, -1), "must be finite and not negative, got -1"),
+            (([0.5], [1], 1, np.inf), "must be finite and not negative, got inf"),
+            (([0.5, np.inf, np.inf], [1, 0, 0], 1, 1), "`scores` are infinite for 2 detections"),
         ],
     )
     def test_bad_arguments_are_refused(self, arguments, message):
@@ -151,6 +160,17 @@ class TestBootstrap:
     def test_groups_of_one_class_each_are_refused_where_they_are_too_few(self):
         with pytest.raises(ValueError, match="`groups` are too few"):
             bootstrap_interval(roc_auc, [1, 2], [0, 1], groups=["a", "b"])
+
+
+def test_tensors_as_models_give_them():
+    scores, labels = torch.tensor([0.75, 0.5, 0.625, 0.125]), torch.tensor([1, 1, 0, 0])
+    for given in (scores, scores.bfloat16(), scores.clone().requires_grad_()):
+        assert roc_auc(given, labels) == 0.75
+        assert bootstrap_interval(roc_auc, given, labels) == bootstrap_interval(
+            roc_auc, scores.tolist(), labels.tolist()
+        )
+    gates = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
+    assert share_of_macs_skipped(gates, [1, 3], mask=torch.tensor([True])) == 0.75
 
 
 @pytest.mark.parametrize("metric", [roc_auc, equal_error_rate, det_points])
