@@ -15,6 +15,8 @@ _SIGNS = {"™": "", "℠": "", "№": " number ", "½": " one half ", "¼": " o
 _LATIN = {"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "ł": "l", "ı": "i"}
 _ABBREVIATIONS = {"i.e.": "that is", "e.g.": "for example"}
 _CURRENCIES = {"$": ("dollar", "cent"), "€": ("euro", "cent"), "£": ("pound", "penny")}
+# Digits of the largest amount that is read as one.
+_LONGEST_NUMBER = 12
 _DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -69,10 +71,11 @@ def _numbers_as_words(text: str) -> str:
     if not re.search(r"\d", text):
         return text
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
+    text = re.sub(r"(?<![$€£\d.])(\d+(?:\.\d\d)?) ?([$€£])(?! ?\d)", r"\2\1", text)
     text = re.sub(r"([$€£]) ?(\d+)(?:\.(\d\d))?(?![\d.]*\d)", _money, text)
     text = re.sub(r"\b(\d{1,2}):([0-5]\d)\b", _time_of_day, text)
     text = re.sub(r"(?<![\w.])-(?=\d)", " minus ", text)
-    text = re.sub(r"\d+(?:st|nd|rd|th)\b", lambda match: f" {_inflect().number_to_words(match[0])} ", text)
+    text = re.sub(r"(\d+)((?:st|nd|rd|th)\b)", _ordinal, text)
     text = re.sub(r"(?<![\d.])(\d+)'?s\b", lambda match: f" {_several(_cardinal(match[1]))} ", text)
     text = re.sub(r"(\d+)?\.(\d+)", lambda m: f" {m[1] or 0} point {' '.join(_digits(m[2]))} ", text)
     return re.sub(r"\d+", lambda match: f" {_cardinal(match[0])} ", text)
@@ -95,9 +98,16 @@ def _time_of_day(match: re.Match[str]) -> str:
     return f" {int(hours)} oh {minutes[1]} " if minutes[0] == "0" else f" {int(hours)} {minutes} "
 
 
+def _ordinal(match: re.Match[str]) -> str:
+    digits, ending = match.groups()
+    # As a cardinal number of this length is read, but for the last digit.
+    first, last = (digits[:-1], digits[-1]) if len(digits) > _LONGEST_NUMBER else ("", digits)
+    return f" {' '.join([*_digits(first), _inflect().number_to_words(last + ending)])} "
+
+
 def _cardinal(digits: str) -> str:
     # What begins with a zero or is longer than any amount is a code or a telephone number.
-    if (digits[0] == "0" and len(digits) > 1) or len(digits) > 12:
+    if (digits[0] == "0" and len(digits) > 1) or len(digits) > _LONGEST_NUMBER:
         return " ".join(_digits(digits))
     number, words = int(digits), _inflect().number_to_words
     if 1000 < number < 3000 and number != 2000:

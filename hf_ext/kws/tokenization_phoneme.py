@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer
 
-from hf_ext.kws.g2p import SYMBOLS, Pronunciation, check_phonemes, is_known, pronunciations
+from hf_ext.kws.g2p import PHONEMES, SYMBOLS, Pronunciation, check_phonemes, is_known, pronunciations
 
 
 class PhonemeTokenizer(PreTrainedTokenizer):
@@ -53,6 +53,10 @@ class PhonemeTokenizer(PreTrainedTokenizer):
     padding_side = "right"
 
     def __init__(self, lexicon: Mapping[str, str | Sequence[str]] | None = None, **kwargs: Any) -> None:
+        if lexicon is not None and not isinstance(lexicon, Mapping):
+            raise TypeError(
+                f"`lexicon` must be a dict of words and their pronunciations, got {type(lexicon).__name__}."
+            )
         lexicon = dict(lexicon or {})
         self._lexicon = {_headword(word): _checked(word, entry) for word, entry in lexicon.items()}
         self._ids = {symbol: i for i, symbol in enumerate(SYMBOLS)}
@@ -81,6 +85,7 @@ class PhonemeTokenizer(PreTrainedTokenizer):
         """
         if not isinstance(max_pronunciations, int) or max_pronunciations < 1:
             raise ValueError(f"`max_pronunciations` must be an integer of at least 1, got {max_pronunciations!r}.")
+        _check_text(text)
         found = pronunciations(text, self._lexicon, limit=max_pronunciations)
         if not found:
             raise _unpronounceable(text)
@@ -101,6 +106,7 @@ class PhonemeTokenizer(PreTrainedTokenizer):
         return headword in self._lexicon or is_known(headword)
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        _check_text(text)
         tokens = super().tokenize(text, **kwargs)
         if not tokens:
             raise _unpronounceable(text)
@@ -128,9 +134,14 @@ class PhonemeTokenizer(PreTrainedTokenizer):
         return ()
 
 
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"`text` must be a string, got {text!r}.")
+
+
 def _headword(word: str) -> str:
-    word = word.casefold().replace("’", "'")
-    if not word or any(not ("a" <= char <= "z" or char in "'.-") for char in word):
+    word = word.casefold().replace("’", "'") if isinstance(word, str) else word
+    if not word or not isinstance(word, str) or any(not ("a" <= char <= "z" or char in "'.-") for char in word):
         raise ValueError(
             f"`lexicon` has the entry {word!r}: its entries are single words in Latin letters, numbers and symbols spelled out."
         )
@@ -138,9 +149,16 @@ def _headword(word: str) -> str:
 
 
 def _checked(word: str, entry: str | Sequence[str]) -> list[Pronunciation]:
-    spoken = [entry] if isinstance(entry, str) else list(entry)
-    if not spoken:
-        raise ValueError(f"`lexicon` gives no pronunciation for {word!r}.")
+    spoken = [entry] if isinstance(entry, str) else entry
+    if not isinstance(spoken, Sequence) or not spoken or not all(isinstance(each, (str, Sequence)) for each in spoken):
+        raise ValueError(
+            f"`lexicon` gives no pronunciation for {word!r}, got {entry!r}: write it as 'HH EY1', several as a list."
+        )
+    if len(spoken) > 1 and all(each in PHONEMES for each in spoken) and any(each[-1] not in "012" for each in spoken):
+        raise ValueError(
+            f"`lexicon` gives {word!r} {len(spoken)} pronunciations of one phoneme each, {list(spoken)}: if they are one, write "
+            f"it as one text, {' '.join(map(str, spoken))!r}."
+        )
     return [check_phonemes(phonemes) for phonemes in spoken]
 
 

@@ -101,6 +101,8 @@ class TestNormalization:
             ("1999", "nineteen ninety-nine"),
             ("2005", "two thousand five"),
             ("the 3rd", "the third"),
+            ("1234567890123rd", "one two three four five six seven eight nine zero one two third"),
+            ("9" * 50 + "th", " ".join(["nine"] * 49) + " ninth"),
             ("3.14", "three point one four"),
             (".5", "zero point five"),
             ("-5°", "minus five degrees"),
@@ -109,6 +111,8 @@ class TestNormalization:
             ("$1", "one dollar"),
             ("£2.01", "two pounds one penny"),
             ("$250.50", "two hundred fifty dollars fifty cents"),
+            ("5€ or 2.50 £", "five euros or two pounds fifty pence"),
+            ("$5 $6, 7 $8", "five dollars six dollars seven eight dollars"),
             ("7:05", "seven oh five"),
             ("7:30", "seven thirty"),
             ("8:00", "eight o'clock"),
@@ -168,10 +172,28 @@ class TestUserPhonemes:
             assert len(each.pronunciations("snowboy")) == 2
             assert len(each) == 74
 
-    @pytest.mark.parametrize("lexicon", [{"hey": "HH EY"}, {"hey": []}, {"two words": "HH EY1"}, {"": "HH"}])
+    @pytest.mark.parametrize(
+        "lexicon",
+        [
+            {"hey": "HH EY"},
+            {"hey": []},
+            {"two words": "HH EY1"},
+            {"": "HH"},
+            {"hey": None},
+            {"hey": [None]},
+            {5: "HH EY1"},
+            # One pronunciation, that would pass for two of one phoneme.
+            {"hey": ["HH", "EY1"]},
+        ],
+    )
     def test_bad_lexicon_is_refused(self, lexicon):
         with pytest.raises(ValueError, match=r"ARPAbet|lexicon"):
             PhonemeTokenizer(lexicon=lexicon)
+
+    def test_what_is_no_lexicon_is_refused(self):
+        with pytest.raises(TypeError, match="`lexicon` must be a dict of words and their pronunciations, got list"):
+            PhonemeTokenizer(lexicon=["hey"])
+        assert PhonemeTokenizer(lexicon={"a": ["AH0", "EY1"]}).pronunciations("a") == [["AH0"], ["EY1"]]
 
 
 class TestAlternatives:
@@ -195,6 +217,12 @@ class TestUnpronounceable:
     def test_nothing_to_say_is_refused(self, tokenizer, text):
         for call in (tokenizer, tokenizer.pronunciations):
             with pytest.raises(ValueError, match="Nothing in the text"):
+                call(text)
+
+    @pytest.mark.parametrize("text", [None, 5, ["hey"]])
+    def test_what_is_no_text_is_refused(self, tokenizer, text):
+        for call in (tokenizer.tokenize, tokenizer.pronunciations):
+            with pytest.raises(TypeError, match="`text` must be a string"):
                 call(text)
 
     @pytest.mark.parametrize("text", ["привет", "hey привет", "你好", "مرحبا"])
