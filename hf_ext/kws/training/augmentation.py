@@ -1,5 +1,6 @@
 """Recordings as other microphones, rooms and lines would have them: batched torch, every draw from a given generator."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -138,12 +139,15 @@ class KwsAugmenter:
             value = getattr(self, name)
             if name.endswith("_probability") and not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must be from 0 to 1, got {value}.")
-            if isinstance(value, tuple) and name != "noises" and not value[0] <= value[1]:
+            if isinstance(value, (tuple, list)) and name != "noises" and not value[0] <= value[1]:
                 raise ValueError(f"`{name}` must be a range from least to most, got {value}.")
-        if self.max_margin < 0:
+        for name in ("speeds", "rt60"):
+            if not getattr(self, name)[0] > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if not 0 <= self.max_margin < math.inf:
             raise ValueError(f"`max_margin` must not be negative, got {self.max_margin}.")
-        if self.noises is not None and any(noise.dim() != 1 or len(noise) == 0 for noise in self.noises):
-            raise ValueError("`noises` must be recordings of shape (num_samples,), each with a sample.")
+        if any(not torch.is_tensor(noise) or noise.dim() != 1 or len(noise) == 0 for noise in self.noises or ()):
+            raise ValueError("`noises` must be recordings of shape (num_samples,): tensors with a sample each.")
 
     def __call__(
         self,

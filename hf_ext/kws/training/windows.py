@@ -66,7 +66,7 @@ def hold_out(
         `tuple[list, list]`: the rows to train on and those that are held out.
 
     Raises:
-        ValueError: if a row lacks the column, or all have the same value.
+        ValueError: if a row has nothing in the column, all have the same value, or the share is none.
 
     Example:
 
@@ -79,7 +79,9 @@ def hold_out(
     (16, 4)
     ```
     """
-    lacking = sum(by not in row for row in rows)
+    if not 0 <= share < 1:
+        raise ValueError(f"`share` must be from 0 to 1 and not 1, got {share}: some are left to train on.")
+    lacking = sum(row.get(by) is None for row in rows)
     if lacking:
         raise ValueError(f"{lacking} of the {len(rows)} `rows` lack {by!r}, what `by` holds them out by.")
     values = sorted({row[by] for row in rows})
@@ -153,7 +155,7 @@ class KwsWindowDataset(Dataset):
             Of the clips, and of what is drawn.
 
     Raises:
-        ValueError: if there are no utterances or noises, a text is no keyword, or the shares are none.
+        ValueError: if there are no utterances or noises, a noise is empty, a text is no keyword, or the shares are none.
 
     Example:
 
@@ -192,6 +194,12 @@ class KwsWindowDataset(Dataset):
         if not len(utterances) or not len(noises):
             raise ValueError(
                 f"There are {len(utterances)} `utterances` and {len(noises)} `noises`: windows need at least one of each."
+            )
+        if any(not torch.is_tensor(noise) or noise.dim() != 1 or len(noise) == 0 for noise in noises):
+            raise ValueError("`noises` must be recordings of shape (num_samples,): tensors with a sample each.")
+        if window_samples < 1 or (num_windows is not None and num_windows < 0):
+            raise ValueError(
+                f"`window_samples` ({window_samples}) must be positive and `num_windows` ({num_windows}) not negative."
             )
         others = sorted({row["text"] for row in utterances} - set(label2id))
         if others:

@@ -136,5 +136,14 @@ def test_bad_input_is_named():
         KwsAugmenter(snr_db=(20.0, 5.0))
     with pytest.raises(ValueError, match="`noises` must be recordings"):
         KwsAugmenter(noises=[torch.zeros(2, 100)])
+    with pytest.raises(ValueError, match="`noises` must be recordings"):
+        KwsAugmenter(noises=[torch.zeros(100).numpy()])
+    with pytest.raises(ValueError, match=r"`speeds` must be a range from least to most, got \[1.1, 0.9\]"):
+        KwsAugmenter(speeds=[1.1, 0.9])
+    for name in ("speeds", "rt60"):
+        with pytest.raises(ValueError, match=f"`{name}` must be positive"):
+            KwsAugmenter(**{name: (0.0, 1.0)})
+    with pytest.raises(ValueError, match="`max_margin` must not be negative, got nan"):
+        KwsAugmenter(max_margin=float("nan"))
     with pytest.raises(ValueError, match=r"`waveforms` must have the shape \(batch, samples\)"):
         KwsAugmenter()(torch.zeros(100))

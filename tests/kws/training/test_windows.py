@@ -88,12 +88,15 @@ class TestHoldingOut:
         ("rows", "message"),
         [
             ([{"speaker": "a"}, {"text": "yes"}], "1 of the 2 `rows` lack 'speaker'"),
+            ([{"speaker": "a"}, {"speaker": None}], "1 of the 2 `rows` lack 'speaker'"),
             ([{"speaker": "a"}] * 2, r"no more than 1 'speaker' \(\['a'\]\)"),
         ],
     )
     def test_rows_that_cannot_be_are_refused(self, rows, message):
         with pytest.raises(ValueError, match=message):
             hold_out(rows)
+        with pytest.raises(ValueError, match=r"`share` must be from 0 to 1 and not 1, got 1\.0"):
+            hold_out([{"speaker": "a"}, {"speaker": "b"}], share=1.0)
 
     def test_noises_are_cut_in_two(self, tmp_path):
         soundfile = pytest.importorskip("soundfile")
@@ -118,6 +121,11 @@ class TestBadInput:
             ({"shares": {"keyword": -1.0}}, "`shares` must give"),
             ({"shares": {"word": 1.0}}, "`shares` must give"),
             ({"noises": []}, "0 `noises`"),
+            ({"noises": [torch.zeros(0)]}, "`noises` must be recordings"),
+            ({"noises": [torch.zeros(2, 100)]}, "`noises` must be recordings"),
+            ({"noises": [torch.zeros(100).numpy()]}, "`noises` must be recordings"),
+            ({"window_samples": 0}, r"`window_samples` \(0\) must be positive"),
+            ({"num_windows": -1}, r"`num_windows` \(-1\) not negative"),
             ({"utterances": []}, "0 `utterances`"),
             ({"label2id": {"no": 0}}, r"does not have: \['yes'\]"),
         ],
