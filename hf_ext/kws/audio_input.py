@@ -11,7 +11,7 @@ from hf_ext._extras import missing_extra
 
 # Clipped or amplified speech leaves -1 to 1 by a little; integers taken for floats leave it by thousands.
 _LARGEST_FLOAT = 16.0
-_MOST_CHANNELS = 64
+MOST_CHANNELS = 64
 
 
 def check_sampling_rate(sampling_rate: Any) -> int:
@@ -51,7 +51,7 @@ def to_clips(raw_speech: Any, channel_axis: int | None) -> list[torch.Tensor]:
             return [to_mono_float(whole, channel_axis, "raw_speech")]
         if len(whole) == 0:
             raise ValueError(f"`raw_speech` is empty: its shape is {whole.shape}. Leave such clips out.")
-        if channel_axis is None and 1 < whole.shape[1] <= _MOST_CHANNELS < len(whole):
+        if channel_axis is None and 1 < whole.shape[1] <= MOST_CHANNELS < len(whole):
             # soundfile's way to hold channels, which would pass for thousands of clips of a few samples.
             raise _channels_not_named("raw_speech", whole.shape)
         raw_speech = list(whole)
@@ -87,7 +87,7 @@ def to_mono_float(clip: Any, channel_axis: int | None, name: str, may_be_empty: 
     if channel_axis is not None:
         if channel_axis not in (-2, -1, 0, 1):
             raise ValueError(f"`channel_axis` must be 0 or 1 (or -1, -2), got {channel_axis}.")
-        if array.shape[channel_axis] > _MOST_CHANNELS:
+        if array.shape[channel_axis] > MOST_CHANNELS:
             # The axis of the samples: their mean would pass for a clip of as many samples as there are channels.
             raise ValueError(
                 f"`channel_axis` is {channel_axis}, and `{name}` of the shape {array.shape} would have "

@@ -13,7 +13,7 @@ import torch
 from transformers.pipelines.base import ChunkPipeline
 
 from hf_ext.kws.audio_input import check_sampling_rate, resample, to_mono_float
-from hf_ext.kws.training.utterances import read_audio
+from hf_ext.kws.training.utterances import read_audio, seconds_of
 
 
 FUNCTIONS = ("sigmoid", "none")
@@ -234,6 +234,8 @@ def _one_or_many(audio: Any) -> Any:
             raise ValueError("`audio` is empty: there is no clip.")
         return np.asarray(audio) if all(isinstance(sample, Real) for sample in audio) else list(audio)
     if hasattr(audio, "cast_column"):
+        if isinstance(audio, Mapping):
+            raise TypeError(f"`audio` has the splits {sorted(audio)}: pass one of them.")
         # Rows of a dataset. `datasets` decodes with torchcodec alone, and what is not decoded soundfile reads.
         for name, feature in (audio.features or {}).items():
             if getattr(feature, "decode", False) and type(feature).__name__ == "Audio":
@@ -368,10 +370,12 @@ def _checked_file(clip: Any) -> Any:
 
 
 def _piece(samples: torch.Tensor, row: Mapping[str, Any], rate: int) -> torch.Tensor:
-    start, end = (row.get(name) for name in ("start", "end"))
-    piece = samples[int(float(start or 0) * rate) : None if end in (None, "") else int(float(end) * rate)]
+    start, end = seconds_of(row, "start"), seconds_of(row, "end")
+    piece = samples[int((start or 0) * rate) : None if end is None else int(end * rate)]
     if len(piece) == 0:
-        raise ValueError(f"`audio` has no sample from {start} s to {end} s: it is {len(samples) / rate:g} s long.")
+        raise ValueError(
+            f"`audio` has no sample from {start or 0} s to {end} s: it is {len(samples) / rate:g} s long."
+        )
     return piece
 
 

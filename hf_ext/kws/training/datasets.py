@@ -1,5 +1,6 @@
 """Pairs of a clip and a phrase, drawn from utterances with their text."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -17,6 +18,7 @@ from hf_ext.kws.training.utterances import column, duration_of, read_audio
 
 # What a pair is: the phrase that was said; any other; one that sounds nearly so, of the vocabulary or made up.
 PAIR_KINDS = ("positive", "random", "hard", "confusable")
+_COLUMNS = ("audio", "text", "phrase", "label", "kind")
 _HARD: tuple[Kind, ...] = ("substitute", "insert", "delete", "prefix", "suffix")
 
 
@@ -34,6 +36,10 @@ class KwsTrialDataset(Dataset):
             Changes each clip.
         seed (`int`, *optional*, defaults to `0`):
             What the changes are drawn with, together with the epoch and the place in the data alone.
+
+    Raises:
+        ValueError: if a row lacks a column or has a label or kind that is none, or the sampling rates differ.
+        TypeError: for what are no rows, or a text that is none.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class KwsTrialDataset(Dataset):
         augmenter: KwsAugmenter | None = None,
         seed: int = 0,
     ) -> None:
+        self._check_rows(trials)
         if augmenter is not None and augmenter.sampling_rate != sampling_rate:
             raise ValueError(
                 f"`augmenter` works at {augmenter.sampling_rate} Hz and `sampling_rate` is {sampling_rate}: make them equal."
@@ -52,6 +59,18 @@ class KwsTrialDataset(Dataset):
         self.augmenter = augmenter
         self.seed = seed
         self.epoch = 0
+
+    def _check_rows(self, trials: Any) -> None:
+        _check_columns("trials", trials, _COLUMNS)
+        # Rows that come from elsewhere, one at a time, are looked at by the collator.
+        if not _are_at_hand(trials):
+            return
+        for i, (label, kind) in enumerate(zip(column(trials, "label"), column(trials, "kind"), strict=True)):
+            if not _is_label(label) or kind not in PAIR_KINDS:
+                raise ValueError(
+                    f"`trials` has in row {i} the label {label!r} and the kind {kind!r}: labels are 0 or 1, and kinds "
+                    f"{list(PAIR_KINDS)}."
+                )
 
     def __len__(self) -> int:
         return len(self.trials)
@@ -122,7 +141,9 @@ class KwsPairDataset(KwsTrialDataset):
             As in [`KwsTrialDataset`].
 
     Raises:
-        ValueError: if there are fewer than two phrases that can be told apart, or the shares are none.
+        ValueError: if a row lacks a column, there are fewer than two phrases that can be told apart, or the shares or kinds are
+            none.
+        TypeError: for what are no rows, or a text that is none.
 
     Example:
 
@@ -156,8 +177,12 @@ class KwsPairDataset(KwsTrialDataset):
         super().__init__(utterances, sampling_rate, augmenter, seed)
         shares = dict(shares or {"positive": 0.5, "random": 0.2, "hard": 0.15, "confusable": 0.15})
         unknown = sorted(set(shares) - set(PAIR_KINDS))
-        if unknown or any(share < 0 for share in shares.values()) or not sum(shares.values()):
+        if unknown or not all(0 <= share < math.inf for share in shares.values()) or not sum(shares.values()):
             raise ValueError(f"`shares` must give {list(PAIR_KINDS)} shares of 0 or more, not all 0, got {shares}.")
+        if num_neighbours < 1:
+            raise ValueError(f"`num_neighbours` must be at least 1, got {num_neighbours}.")
+        if not confusable_kinds or set(confusable_kinds) - set(_HARD):
+            raise ValueError(f"`confusable_kinds` must name some of {list(_HARD)}, got {list(confusable_kinds)}.")
         self.kinds = [kind for kind in PAIR_KINDS if shares.get(kind)]
         self.shares = [shares[kind] for kind in self.kinds]
         self.every_kind = every_kind
@@ -179,6 +204,9 @@ class KwsPairDataset(KwsTrialDataset):
             )
         self._index: PhoneticIndex | None = None
         self._hard: dict[str, list[str]] = {}
+
+    def _check_rows(self, trials: Any) -> None:
+        _check_columns("utterances", trials, _COLUMNS[:2])
 
     def __len__(self) -> int:
         return len(self.rows) * (len(self.kinds) if self.every_kind else 1)
@@ -291,7 +319,15 @@ class KwsDataCollator:
         Returns:
             `dict[str, torch.Tensor]`: what the models take, `labels` of shape `(batch,)`, `phoneme_labels` of shape `(batch,
             longest)` with -100 behind what was said, and `pair_kinds` of shape `(batch,)`, places in `PAIR_KINDS`.
+
+        Raises:
+            ValueError: if they are no such items, or of different sampling rates.
         """
+        lacking = sorted({name for pair in pairs for name in ("sampling_rate", *_COLUMNS) if name not in pair})
+        if lacking:
+            raise ValueError(f"The pairs lack {lacking}: they are items of a KwsPairDataset or a KwsTrialDataset.")
+        if kinds := sorted({str(pair["kind"]) for pair in pairs} - set(PAIR_KINDS)):
+            raise ValueError(f"The pairs have the kinds {kinds}; there are {list(PAIR_KINDS)}.")
         rates = {pair["sampling_rate"] for pair in pairs}
         if len(rates) != 1:
             raise ValueError(f"The pairs have different sampling rates {sorted(rates)}: load them with one.")
@@ -312,3 +348,28 @@ class KwsDataCollator:
         batch["labels"] = torch.tensor([float(pair["label"]) for pair in pairs])
         batch["pair_kinds"] = torch.tensor([PAIR_KINDS.index(pair["kind"]) for pair in pairs])
         return batch
+
+
+def _are_at_hand(rows: Any) -> bool:
+    """Whether columns are read without making each row, and its audio."""
+    return isinstance(rows, (list, tuple)) or hasattr(rows, "column_names")
+
+
+def _is_label(value: Any) -> bool:
+    try:
+        return float(value) in (0.0, 1.0)
+    except (TypeError, ValueError):
+        return False
+
+
+def _check_columns(argument: str, rows: Any, names: Sequence[str]) -> None:
+    if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
+        raise TypeError(f"`{argument}` must be a list of rows or a split of a dataset, got {type(rows).__name__}.")
+    if not _are_at_hand(rows):
+        return
+    for i, present in enumerate([rows.column_names] if hasattr(rows, "column_names") else rows):
+        if lacking := [name for name in names if name not in present]:
+            raise ValueError(f"`{argument}` lacks {lacking} in row {i}: each row has {list(names)}.")
+    for i, text in enumerate(column(rows, "text")):
+        if not isinstance(text, str):
+            raise TypeError(f"`{argument}` has in row {i} the text {text!r}: write what is said as a string.")

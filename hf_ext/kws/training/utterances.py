@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from hf_ext._extras import missing_extra
-from hf_ext.kws.audio_input import resample, to_mono_float
+from hf_ext.kws.audio_input import MOST_CHANNELS, check_sampling_rate, resample, to_mono_float
 
 
 def load_utterances(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -27,20 +28,31 @@ def load_utterances(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no `metadata.csv`.
-        ValueError: if it lacks a column.
+        ValueError: if it lacks a column or the name of a clip, or is no UTF-8.
     """
     path = Path(folder) / "metadata.csv"
     if not path.exists():
         raise FileNotFoundError(f"`folder` ({folder}) has no metadata.csv with the columns file_name and text.")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        # Spreadsheets put a mark before the first column.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: save it as such ({error}).") from error
     missing = {"file_name", "text"} - set(rows[0] if rows else ())
     if missing:
         raise ValueError(f"{path} has no rows or lacks the columns {sorted(missing)}.")
+    # A short row has `None` in its last columns, and a long one has a column `None`.
+    rows = [row for row in rows if (row["text"] or "").strip()]
+    for row in rows:
+        if not row["file_name"]:
+            raise ValueError(f"{path} has the text {row['text']!r} without a file_name.")
     return [
-        {"audio": str(path.parent / row["file_name"]), **{name: row[name] for name in row if name != "file_name"}}
+        {
+            "audio": str(path.parent / row["file_name"]),
+            **{name: value for name, value in row.items() if name not in ("file_name", None)},
+        }
         for row in rows
-        if row["text"].strip()
     ]
 
 
@@ -51,7 +63,8 @@ def read_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> torch.Tens
     Args:
         row (`Mapping`):
             `audio` is a path, what `datasets.Audio(decode=False)` holds (`path` and `bytes`), or what decoded audio is
-            (`array` and `sampling_rate`). `start` and `end`, in seconds, cut a piece out.
+            (`array` of shape `(num_samples,)` or `(num_samples, num_channels)`, and `sampling_rate`). `start` and `end`, in
+            seconds, cut a piece out.
         sampling_rate (`int`, *optional*, defaults to `16000`):
             Rate to return, in hertz. Channels are averaged.
 
@@ -59,20 +72,31 @@ def read_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> torch.Tens
         `torch.Tensor` of shape `(num_samples,)`: floats within -1 and 1.
 
     Raises:
-        ValueError: if the audio can't be read or the piece is empty.
+        ValueError: if there is no audio, it can't be read, or the piece is none of it.
     """
-    audio = row["audio"]
-    start, end = (float(row[name]) if row.get(name) not in (None, "") else None for name in ("start", "end"))
+    audio = row.get("audio")
+    start, end = seconds_of(row, "start"), seconds_of(row, "end")
+    if audio is None or isinstance(audio, np.ndarray):
+        given = "no `audio`" if audio is None else "an array as `audio`, without its rate"
+        raise ValueError(
+            f"The row has {given}: it is a path, or a dict of `path` or `bytes`, or of `array` and `sampling_rate`."
+        )
     # What `datasets` decodes with torchcodec has the samples under the same names, without being a mapping.
     decoded = "array" in audio if isinstance(audio, Mapping) else not isinstance(audio, (str, os.PathLike))
     if decoded:
-        rate, name = int(audio["sampling_rate"]), "array"
-        samples = np.asarray(audio["array"])[int((start or 0) * rate) : None if end is None else int(end * rate)]
+        its_rate = audio.get("sampling_rate") if isinstance(audio, Mapping) else audio["sampling_rate"]
+        rate, name = check_sampling_rate(its_rate), "array"
+        whole = np.asarray(audio["array"])
+        if whole.ndim == 2 and whole.shape[1] > MOST_CHANNELS:
+            raise ValueError(f"`array` has the shape {whole.shape}: transpose it, to have the channels last.")
+        samples = whole[int((start or 0) * rate) : None if end is None else int(end * rate)]
     else:
         soundfile = _soundfile()
         content = audio.get("bytes") if isinstance(audio, Mapping) else None
         path = audio.get("path") if isinstance(audio, Mapping) else os.fspath(audio)
         name = str(path)
+        if not content and path is None:
+            raise ValueError("The `audio` of the row has neither `path` nor `bytes`.")
         try:
             with soundfile.SoundFile(io.BytesIO(content) if content else path) as file:
                 rate = file.samplerate
@@ -83,6 +107,20 @@ def read_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> torch.Tens
             raise ValueError(f"The audio {name} can't be read: {error}") from error
     mono = to_mono_float(samples, -1 if samples.ndim == 2 else None, name=f"{name} from {start or 0} s to {end} s")
     return resample(mono, rate, sampling_rate)
+
+
+def seconds_of(row: Mapping[str, Any], name: str) -> float | None:
+    """`start` or `end` of a row; `None` where it has none."""
+    value = row.get(name)
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"`{name}` must be in seconds from the beginning of the clip on, got {value!r}.")
+    return seconds
 
 
 def duration_of(row: Mapping[str, Any]) -> float:

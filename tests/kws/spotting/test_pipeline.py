@@ -284,6 +284,7 @@ class TestAudio:
             ({"array": bad}, "`sampling_rate` is not given"),
             (clip(bad, -1), "must be a positive number of hertz, got -1"),
             ({"audio": clip(bad), "start": 2.0, "end": 3.0}, "no sample from 2.0 s to 3.0 s: it is 1 s long"),
+            ({"audio": clip(bad), "start": -0.5}, "`start` must be in seconds .*, got -0.5"),
             (b"", "the file is empty"),
             (b"nonsense", "of 8 bytes can't be read"),
             (str(tmp_path / "empty.wav"), "is an empty file"),
@@ -296,6 +297,9 @@ class TestAudio:
                 spotter(audio, candidate_labels=LABELS)
         with pytest.raises(FileNotFoundError, match=r"names no file: .*missing\.wav"):
             spotter(str(tmp_path / "missing.wav"), candidate_labels=LABELS)
+        splits = pytest.importorskip("datasets").DatasetDict({"train": []})
+        with pytest.raises(TypeError, match=r"`audio` has the splits \['train'\]: pass one"):
+            spotter(splits, candidate_labels=LABELS)
         with pytest.raises(TypeError, match="`audio` is of type int"):
             spotter(7, candidate_labels=LABELS)
 

@@ -198,3 +198,110 @@ def test_bad_input_is_named():
     pairs = KwsPairDataset(utterances())
     with pytest.raises(ValueError, match="different sampling rates"):
         KwsDataCollator(KwsProcessor())([pairs[0], {**pairs[1], "sampling_rate": 8000}])
+
+
+class TestRows:
+    """What is wrong with rows is told before anything is computed."""
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"text": None}, TypeError, "`utterances` has in row 7 the text None"),
+            ({"text": 5}, TypeError, "`utterances` has in row 7 the text 5"),
+            ({"audio": ...}, ValueError, r"`utterances` lacks \['audio'\] in row 7"),
+            ({"text": ...}, ValueError, r"`utterances` lacks \['text'\] in row 7"),
+        ],
+    )
+    def test_of_utterances(self, change, error, message):
+        row = {name: value for name, value in {**utterances()[0], **change}.items() if value is not ...}
+        with pytest.raises(error, match=message):
+            KwsPairDataset([*utterances(), row])
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"phrase": ...}, ValueError, r"`trials` lacks \['phrase'\] in row 1"),
+            ({"label": 2}, ValueError, "in row 1 the label 2 and the kind 'hard'"),
+            ({"label": None}, ValueError, "in row 1 the label None"),
+            ({"kind": "easy"}, ValueError, "in row 1 the label 0 and the kind 'easy'"),
+        ],
+    )
+    def test_of_trials(self, change, error, message):
+        trial = {**utterances()[0], "phrase": "lights off", "label": 0, "kind": "hard"}
+        row = {name: value for name, value in {**trial, **change}.items() if value is not ...}
+        with pytest.raises(error, match=message):
+            KwsTrialDataset([trial, row])
+
+    def test_of_a_dataset(self):
+        datasets = pytest.importorskip("datasets")
+        rows = datasets.Dataset.from_dict({"audio": ["a.wav"], "sentence": ["yes"]})
+        with pytest.raises(ValueError, match=r"`utterances` lacks \['text'\]"):
+            KwsPairDataset(rows)
+        for others in (datasets.DatasetDict({"train": rows}), "folder"):
+            with pytest.raises(TypeError, match="`utterances` must be a list of rows or a split of a dataset"):
+                KwsPairDataset(others)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"shares": {"positive": float("nan")}}, "`shares` must give"),
+            ({"num_neighbours": 0}, "`num_neighbours` must be at least 1, got 0"),
+            ({"confusable_kinds": ()}, "`confusable_kinds` must name some of"),
+            ({"confusable_kinds": ("swap",)}, "`confusable_kinds` must name some of"),
+        ],
+    )
+    def test_of_settings(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            KwsPairDataset(utterances(), **settings)
+
+    def test_of_batches(self):
+        collate, pair = KwsDataCollator(KwsProcessor()), KwsPairDataset(utterances())[0]
+        with pytest.raises(ValueError, match=r"lack \['kind', 'label', 'phrase', 'sampling_rate'\]"):
+            collate(utterances())
+        with pytest.raises(ValueError, match=r"the kinds \['easy'\]"):
+            collate([pair, {**pair, "kind": "easy"}])
+
+
+class TestAudioOfRows:
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ({}, "The row has no `audio`"),
+            ({"audio": None}, "The row has no `audio`"),
+            ({"audio": np.zeros(9)}, "an array as `audio`, without its rate"),
+            ({"audio": {"path": None, "bytes": None}}, "neither `path` nor `bytes`"),
+            ({"audio": {"array": np.zeros(9)}}, "`sampling_rate` is not given"),
+            ({"audio": {"array": np.zeros((2, 900)), "sampling_rate": 16000}}, r"the shape \(2, 900\): transpose"),
+            ({"start": -0.5}, "`start` must be in seconds from the beginning of the clip on, got -0.5"),
+            ({"start": "soon"}, "`start` must be in seconds .*, got 'soon'"),
+            ({"end": float("nan")}, "`end` must be in seconds .*, got nan"),
+            ({"start": 0.5, "end": 0.25}, "is empty"),
+        ],
+    )
+    def test_what_is_none_is_named(self, row, message):
+        if "audio" not in row and row:
+            row = {"audio": {"array": np.zeros(16000), "sampling_rate": 16000}, **row}
+        with pytest.raises(ValueError, match=message):
+            read_audio(row)
+
+
+class TestFoldersOfClips:
+    def test_rows_of_any_length_and_the_mark_of_a_spreadsheet(self, tmp_path):
+        text = "\ufefffile_name,text,speaker\na.wav,yes\nb.wav\nc.wav,no,ann,more\n"
+        (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
+        assert load_utterances(tmp_path) == [
+            {"audio": str(tmp_path / "a.wav"), "text": "yes", "speaker": None},
+            {"audio": str(tmp_path / "c.wav"), "text": "no", "speaker": "ann"},
+        ]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"file_name,text\n,yes\n", "the text 'yes' without a file_name"),
+            (b"file_name,text\na.wav,caf\xe9\n", "UTF-8"),
+        ],
+    )
+    def test_what_is_none_is_named(self, content, message, tmp_path):
+        (tmp_path / "metadata.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_utterances(tmp_path)
