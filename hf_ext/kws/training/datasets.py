@@ -252,8 +252,12 @@ class KwsPairDataset(KwsTrialDataset):
             right = self.tokenizer.pronunciations(text)
             kinds, longest = self.confusable_kinds, self.max_phonemes
             draws = (confusable_phonemes(spoken, drawn_from, kinds, max_phonemes=longest) for _ in range(100))
-            # Another pronunciation of the same text is no confusable.
-            made = next((draw for draw in draws if self._differs(draw, right)), None)
+            try:
+                # Another pronunciation of the same text is no confusable.
+                made = next((draw for draw in draws if self._differs(draw, right)), None)
+            except ValueError:
+                # The longest phrase with nothing but insertions to draw from, or the shortest with deletions.
+                made = None
             # A single phoneme, say, has others that can't be told apart from it alone.
             made = made or confusable_phonemes(spoken, drawn_from, ("substitute",), max_edits=1)
             return f"{{{' '.join(made)}}}"

@@ -58,6 +58,14 @@ def test_made_up_confusables_differ_in_what_was_chosen():
         assert all(phoneme in rest for phoneme in original)
 
 
+@pytest.mark.parametrize(("kind", "words"), [("insert", ["lights on", "lights off"]), ("delete", ["a", "oh"])])
+def test_phrases_that_the_kinds_allow_no_change_of_have_a_phoneme_replaced(kind, words):
+    pairs = KwsPairDataset(utterances(words), shares={"confusable": 1}, confusable_kinds=(kind,), max_phonemes=6)
+    for pair in pairs:
+        phrase, spoken = (pairs.tokenizer.tokenize(pair[name]) for name in ("phrase", "text"))
+        assert len(phrase) == len(spoken) and sum(a != b for a, b in zip(phrase, spoken, strict=True)) == 1
+
+
 def test_no_pronunciation_of_the_text_is_a_made_up_confusable():
     pairs = KwsPairDataset(utterances(["a", "the", "either"]), shares={"confusable": 1}, seed=0)
     right = {text: pairs.tokenizer.pronunciations(text) for text in ("a", "the", "either")}
