@@ -211,6 +211,13 @@ class KwsPairDataset(KwsTrialDataset):
     def __len__(self) -> int:
         return len(self.rows) * (len(self.kinds) if self.every_kind else 1)
 
+    @property
+    def most_phonemes(self) -> int:
+        """The most phonemes that a phrase may have."""
+        # What is made up has up to three more than what it is taken for.
+        spare = 3 if "confusable" in self.kinds else 0
+        return min(max(len(self._phonemes[phrase]) for phrase in self.phrases) + spare, self.max_phonemes)
+
     def durations(self) -> list[float]:
         times = len(self.kinds) if self.every_kind else 1
         return [duration_of(self.trials[row]) for row in self.rows for _ in range(times)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_ext.hub.model_card import kws_model_card
@@ -44,8 +44,8 @@ class KwsTrainer(Trainer):
             As in [`~transformers.Trainer`]; by default [`KwsDataCollator`] and the figures above.
 
     Raises:
-        TypeError: for another kind of `args` or processor.
-        ValueError: if the processor's features are not the model's.
+        TypeError: for another kind of `args`, model or processor.
+        ValueError: if the processor's features or phonemes are not the model's, or phrases are longer than it takes.
 
     Example:
 
@@ -96,6 +96,7 @@ class KwsTrainer(Trainer):
                 f"`processing_class` makes {channels} channels and the model takes {expected} (`num_mel_bins`): use the "
                 f"processor of the model, or KwsProcessor(KwsFeatureExtractor(feature_size={expected}))."
             )
+        _check_phrases(model, processing_class, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         if kwargs.get("compute_metrics") is None:
             kwargs["compute_metrics"] = detection_metrics
         self.data_collator: Any
@@ -315,6 +316,30 @@ class _EpochOfPairs(TrainerCallback):
         if hasattr(dataset, "set_epoch"):
             # Resumed in the middle of an epoch, the state has a fraction.
             dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+def _check_phrases(model: Any, processor: KwsProcessor, datasets: dict[str, Any]) -> None:
+    """Whether the model takes phrases at all, these phonemes, and so many of them."""
+    if isinstance(model, PreTrainedModel) and not hasattr(model, "get_text_features"):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}, which takes no phrases: train it with transformers' Trainer, on what its own "
+            "collator makes."
+        )
+    config: Any = getattr(model, "config", None)
+    symbols = len(processor.tokenizer)
+    if not processor.takes_words and getattr(config, "vocab_size", symbols) < symbols:
+        raise ValueError(
+            f"`processing_class` has {symbols} phonemes and the model takes {config.vocab_size} (`vocab_size`): make it with "
+            f"`vocab_size={symbols}`."
+        )
+    if getattr(config, "head_type", None) != "flatten":
+        return
+    for name, dataset in datasets.items():
+        if getattr(dataset, "most_phonemes", 0) > config.max_phonemes:
+            raise ValueError(
+                f"`{name}` has phrases of up to {dataset.most_phonemes} phonemes and the model takes {config.max_phonemes} "
+                f"(`max_phonemes`): make it with `max_phonemes={config.max_phonemes}`, which leaves longer ones out."
+            )
 
 
 def _num_mel_bins(model: Any) -> int | None:

@@ -9,12 +9,15 @@ import torch
 from transformers import AutoModel, AutoProcessor, EvalPrediction, HfArgumentParser, TrainingArguments
 
 from hf_ext import (
+    GatedConformerConfig,
+    GatedConformerForKeywordDetection,
     KwsFeatureExtractor,
     KwsPairDataset,
     KwsProcessor,
     KwsTrainer,
     KwsTrainingConfig,
     KwsTrialDataset,
+    SlickConfig,
     SlickForKeywordSpotting,
     load_speech_commands,
 )
@@ -201,6 +204,24 @@ def test_bad_settings_are_named(tmp_path):
         KwsTrainer(
             model=tiny_model(), args=settings, processing_class=KwsProcessor(KwsFeatureExtractor(feature_size=40))
         )
+
+
+def test_models_that_cannot_be_trained_on_the_phrases_are_named(tmp_path):
+    detector = GatedConformerForKeywordDetection(GatedConformerConfig(num_mel_bins=80, num_hidden_layers=1))
+    with pytest.raises(TypeError, match="`model` is a GatedConformerForKeywordDetection, which takes no phrases"):
+        trainer(tmp_path, detector)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match=r"has 74 phonemes and the model takes 10 \(`vocab_size`\)"):
+        trainer(tmp_path, SlickForKeywordSpotting(SlickConfig(vocab_size=10, **sizes)))
+    narrow = SlickForKeywordSpotting(SlickConfig(max_phonemes=9, **sizes))
+    with pytest.raises(ValueError, match=r"`train_dataset` has phrases of up to 12 phonemes and the model takes 9"):
+        trainer(tmp_path, narrow)
+    fitting = KwsPairDataset(UTTERANCES, max_phonemes=9)
+    with pytest.raises(ValueError, match=r"`eval_dataset` has phrases of up to 12 phonemes"):
+        trainer(tmp_path, narrow, fitting, KwsPairDataset(UTTERANCES))
+    assert trainer(tmp_path, narrow, fitting, max_steps=1).train().global_step == 1
+    # Without made-up phrases they are as long as what is said.
+    trainer(tmp_path, narrow, KwsPairDataset(UTTERANCES, shares={"positive": 1.0}))
 
 
 def test_recorded_commands_are_learned_from(tmp_path, shared_data):
