@@ -24,7 +24,7 @@ from hf_ext.cli.kws_views import (
     spectrogram,
     verdict,
 )
-from hf_ext.cli.loading import load_spotter, short_name, suitable_threads
+from hf_ext.cli.loading import load_spotter, make_folder, short_name, suitable_threads
 from hf_ext.cli.options import DeviceOption, JsonOption, ThreadsOption
 from hf_ext.cli.report import Block, Prose, Section, print_section, render_page, write_json
 
@@ -48,7 +48,8 @@ def evaluate(
         str | None, typer.Option(help="Hub id or folder; by default the small model that comes with the package.")
     ] = None,
     output_dir: Annotated[
-        Path, typer.Option("--output-dir", "--output_dir", help="Where pictures, page and figures go.")
+        Path,
+        typer.Option("--output-dir", "--output_dir", file_okay=False, help="Where pictures, page and figures go."),
     ] = Path("kws-eval"),
     negative: Annotated[
         list[Negative] | None,
@@ -81,6 +82,8 @@ def evaluate(
     with console.status("Loading the model"):
         detector = load_detector(model, device)
         spotter: Any = None if detector else load_spotter(model, device)
+    # Before the scoring, which takes long, and not behind it.
+    make_folder(output_dir)
     measured = detector[0] if detector else spotter.model
     kinds = [str(kind) for kind in negative or (Negative.random, Negative.hard)]
     with suitable_threads(measured, threads):
@@ -100,7 +103,6 @@ def evaluate(
         f"{name} on {short_name(str(data))}: {len(scored.scores):,} trials of {len(set(scored.phrases)):,} phrases"
     )
     sections = [_detection(scored, figures, caption), *inside]
-    output_dir.mkdir(parents=True, exist_ok=True)
     for section in sections:
         if section.terminal:
             print_section(section, console)

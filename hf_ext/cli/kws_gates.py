@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoFeatureExtractor
 from hf_ext import GatedConformerConfig, GatedConformerForKeywordDetection, KwsTrialDataset, load_utterances
 from hf_ext.cli.charts import Curve
 from hf_ext.cli.compare import progress_bar
-from hf_ext.cli.kws_scores import Scored, drawn, unit_of
+from hf_ext.cli.kws_scores import Scored, check_clips, drawn, unit_of
 from hf_ext.cli.kws_views import gate_activity
-from hf_ext.cli.loading import chosen_device
+from hf_ext.cli.loading import UNLOADABLE, chosen_device
 from hf_ext.cli.report import Block, Prose, Section
 from hf_ext.metrics import share_of_macs_skipped
 
@@ -41,12 +41,13 @@ def load_detector(name: str | None, device: str | None = None) -> tuple[Any, Any
     try:
         if name is None or not isinstance(AutoConfig.from_pretrained(name), GatedConformerConfig):
             return None
-    except (OSError, ValueError):
+    except UNLOADABLE:
+        # `load_spotter` says why.
         return None
     try:
         model = GatedConformerForKeywordDetection.from_pretrained(name)
         extractor = AutoFeatureExtractor.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise typer.BadParameter(f"can't load the keyword model {name!r}: {error}") from error
     return model.to(chosen_device(device)).eval(), extractor
 
@@ -74,6 +75,7 @@ def score_keywords(
     keywords = {label.lower(): place for place, label in sorted(model.config.id2label.items())}
     try:
         rows = drawn(load_utterances(data), max_clips, seed)
+        check_clips(rows)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"can't make trials from {str(data)!r}: {error}") from error
     texts = [row["text"].strip().lower() for row in rows]

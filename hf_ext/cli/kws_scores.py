@@ -12,13 +12,15 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from hf_ext import KwsPairDataset, KwsTrialDataset, load_utterances
+from hf_ext import KwsPairDataset, KwsTrialDataset, load_utterances, read_audio
 from hf_ext.cli.compare import progress_bar
 from hf_ext.metrics import bootstrap_interval, det_points, equal_error_rate, roc_auc
 
 
 NEGATIVES = ("random", "hard", "confusable")
 _COLUMNS = ("audio", "phrase", "label")
+# Enough to see that there are samples.
+_SECONDS_READ = 0.01
 
 
 @dataclass
@@ -100,9 +102,12 @@ def load_trials(
     """
     try:
         if data.is_file():
-            return KwsTrialDataset(_read_csv(data))
+            rows = _read_csv(data)
+            check_clips(rows)
+            return KwsTrialDataset(rows)
         shares = dict.fromkeys(("positive", *kinds), 1.0)
         utterances = drawn(load_utterances(data), max_clips, seed)
+        check_clips(utterances)
         # Phrases that sound alike are found by their phonemes, also for a model that takes words.
         sounds = tokenizer if hasattr(tokenizer, "pronunciations") else None
         return KwsPairDataset(utterances, sounds, shares=shares, every_kind=True, seed=seed)
@@ -118,8 +123,20 @@ def drawn(rows: Sequence[Any], count: int | None, seed: int) -> list[Any]:
     return [rows[place] for place in sorted(chosen)]
 
 
+def check_clips(rows: Sequence[Any]) -> None:
+    """
+    Opens each clip of rows of files once: one that is missing or damaged is told before the others are worked on.
+
+    Raises:
+        ValueError: for the first that is no audio or has none.
+    """
+    for clip in dict.fromkeys(row["audio"] for row in rows):
+        read_audio({"audio": clip, "end": _SECONDS_READ})
+
+
 def _read_csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8") as file:
+    # Spreadsheets put a mark before the first column.
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     missing = sorted(set(_COLUMNS) - set(rows[0] if rows else ()))
     if missing:
@@ -128,6 +145,8 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=2):
         if row["label"] not in ("0", "1"):
             raise ValueError(f"`label` is {row['label']!r} in line {number}; it must be 0 or 1.")
+        if not row["audio"]:
+            raise ValueError(f"`audio` is empty in line {number}; it must be the path of a clip.")
         label = int(row["label"])
         kind = row.get("kind") or ("positive" if label else "random")
         if (kind == "positive") != bool(label) or kind not in ("positive", *NEGATIVES):

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoProcessor, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ext import (
     AutoModelForKeywordSpotting,
@@ -25,7 +26,8 @@ from hf_ext import (
     read_audio,
     synthesize_phrases,
 )
-from hf_ext.cli.loading import chosen_device, suitable_threads
+from hf_ext.cli.kws_scores import check_clips
+from hf_ext.cli.loading import UNLOADABLE, chosen_device, suitable_threads
 from hf_ext.cli.options import DeviceOption, ThreadsOption
 from hf_ext.cli.report import Table, rich_table
 
@@ -33,6 +35,8 @@ from hf_ext.cli.report import Table, rich_table
 # So many clips give the mean and the spread of each channel well enough.
 _CLIPS_FOR_STATISTICS = 200
 _CLIPS_FOR_TABLE = 5_000
+# Of the papers' phrases.
+_MOST_PHONEMES = 25
 # Below so many phrases, none can be spared for evaluation.
 _LEAST_PHRASES = 10
 
@@ -57,7 +61,10 @@ def train(
         ),
     ] = 8,
     output_dir: Annotated[
-        Path, typer.Option("--output-dir", "--output_dir", help="Where the model goes; synthesised clips go inside.")
+        Path,
+        typer.Option(
+            "--output-dir", "--output_dir", file_okay=False, help="Where the model goes; synthesised clips go inside."
+        ),
     ] = Path("kws"),
     model_type: Annotated[
         str, typer.Option("--model-type", "--model_type", help="slick, ced_kws or dsp_kws.")
@@ -94,7 +101,7 @@ def train(
         int, typer.Option("--batch-size", "--batch_size", min=2, help="Pairs per step and device.")
     ] = 32,
     learning_rate: Annotated[
-        float, typer.Option("--learning-rate", "--learning_rate", help="Peak learning rate.")
+        float, typer.Option("--learning-rate", "--learning_rate", min=0.0, help="Peak learning rate.")
     ] = 1e-3,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load clips.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of data order, pairs and initial values.")] = 42,
@@ -114,19 +121,28 @@ def train(
 
     console = Console()
     torch.manual_seed(seed)
+    if resume and (not output_dir.is_dir() or get_last_checkpoint(str(output_dir)) is None):
+        raise typer.BadParameter(f"--resume finds no checkpoint in {output_dir}: leave it out to start anew.")
     try:
         rows = _utterances(data or [], words, words_file, clips_per_word, output_dir, seed)
         kept, held_out, apart = (
             (rows, load_utterances(eval_data), "") if eval_data else _split_off(rows, eval_clips, seed)
         )
+        check_clips([*kept, *held_out])
         spotter, processor = _model(model, model_type, setting or [], kept)
         vocabulary = sorted({row["text"] for row in kept})
         augmenter = KwsAugmenter(_noises(noise)) if augment else None
-        pairs = KwsPairDataset(kept, processor.tokenizer, augmenter=augmenter, seed=seed)
+        longest = _most_phonemes(spotter)
+        pairs = KwsPairDataset(kept, processor.tokenizer, augmenter=augmenter, max_phonemes=longest, seed=seed)
         eval_pairs = None
         if held_out:
             eval_pairs = KwsPairDataset(
-                held_out, processor.tokenizer, every_kind=True, vocabulary=vocabulary, seed=seed
+                held_out,
+                processor.tokenizer,
+                every_kind=True,
+                vocabulary=vocabulary,
+                max_phonemes=longest,
+                seed=seed,
             )
         on_cpu = chosen_device(device) == "cpu"
         has_table = hasattr(spotter, "build_phoneme_table")
@@ -162,7 +178,7 @@ def train(
             processing_class=processor,
             callbacks=[_TableOfPhonemes(kept, processor)] if has_table else None,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (*UNLOADABLE, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
     console.print(
         f"{len(pairs):,} clips of {len(vocabulary):,} phrases, {spotter.num_parameters():,} parameters{apart}",
@@ -275,6 +291,12 @@ def _model(
     config = AutoConfig.for_model(model_type, **fields)
     spotter = AutoModelForKeywordSpotting.from_config(config)
     return spotter, KwsProcessor(_normalising_extractor(rows, config.num_mel_bins))
+
+
+def _most_phonemes(spotter: Any) -> int:
+    """The longest phrases that the model takes, or else that are usual."""
+    bounded = getattr(spotter.config, "head_type", None) == "flatten"
+    return spotter.config.max_phonemes if bounded else _MOST_PHONEMES
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +21,8 @@ from hf_ext import DynaMoeForCausalLM, shipped_model
 from hf_ext.cli.compare import share_weights
 
 
+# What loading raises where there is no model, another kind of one, or files that are damaged or cut off.
+UNLOADABLE = (OSError, ValueError, SafetensorError, StrictDataclassError)
 # Below so many parameters, a second thread gains nothing on a CPU: handing out the work takes longer than the work.
 _ONE_THREAD_BELOW = 5_000_000
 
@@ -134,7 +137,7 @@ def load_spotter(name: str | None, device: str | None = None) -> Any:
         folder = shipped_model("slick-small") if name is None else name
         model = AutoModelForKeywordSpotting.from_pretrained(folder)
         processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, SafetensorError) as error:
+    except UNLOADABLE as error:
         raise typer.BadParameter(
             f"can't load a keyword spotting model from {name or 'the package'!r}: {error}"
         ) from error
@@ -213,6 +216,19 @@ def suitable_threads(model: Any, threads: int | None = None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def make_folder(path: Path) -> None:
+    """
+    Makes a folder that is not there yet.
+
+    Raises:
+        typer.BadParameter: where none can be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"can't make the folder {path}: {error}") from error
 
 
 def short_name(name: str) -> str:

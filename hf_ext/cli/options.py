@@ -19,7 +19,9 @@ SensitivityOption = Annotated[
     list[float] | None,
     typer.Option("--sensitivity", "-s", min=0.0, max=1.0, help="From 0 to 1; may be repeated."),
 ]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", dir_okay=False, help="Also write the figures to this file.")
+]
 
 DATASET_HELP = "Hub id, folder, or file: JSON lines, CSV, Parquet, or text with one row per line."
 

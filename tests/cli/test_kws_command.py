@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,19 +18,6 @@ from hf_ext import (
     SlickForKeywordSpotting,
 )
 from hf_ext.cli import app, demo_kws
-from hf_ext.cli.charts import Raster
-from hf_ext.cli.kws_scores import Scored, duration_only_scores, figures_of
-from hf_ext.cli.kws_views import (
-    alignment,
-    det_curve,
-    figures_table,
-    gate_activity,
-    mistakes_table,
-    score_histograms,
-    spectrogram,
-)
-from hf_ext.cli.picture import draw
-from hf_ext.cli.report import Section, render_page
 from hf_ext.kws.training import synthesis
 
 
@@ -46,6 +34,14 @@ def says(outcome, *words):
     flat = " ".join(outcome.output.replace("│", " ").split())
     for word in words:
         assert word in flat
+
+
+def without_its_end(folder, parent):
+    """The folder of a model whose download broke off."""
+    damaged = shutil.copytree(folder, parent / f"{folder.name}-damaged", dirs_exist_ok=True)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return damaged
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +128,33 @@ class TestTrain:
             invoke(*data, "--model-type", "ced_kws", "--ctc-steps", 0), "--ctc-steps 0 of --steps 2000", "first learns"
         )
         says(invoke(*data, "--noise", spotter_folder), "has no audio files")
+        says(invoke(*data, "--set", "hidden_size=wide"), "expected int, got str")
+        says(invoke(*data, *TINY, "--set", "vocab_size=10"), "has 74 phonemes and the model takes 10")
+        says(invoke(*data, "--learning-rate", "nan"), "--learning-rate")
+        says(invoke(*data, "--resume"), "--resume finds no checkpoint in", "leave it out")
+        says(invoke(*data, "--model", without_its_end(spotter_folder, tmp_path)), "incomplete metadata")
+        says(invoke("kws", "train", "--data", recordings, "--output-dir", recordings / "metadata.csv"), "is a file")
         assert not (tmp_path / "x" / "config.json").exists()
+
+    def test_clips_are_opened_before_anything_is_trained(self, recordings, tmp_path):
+        # More than the features are normalised by.
+        rows = [
+            f"{recordings / 'stop-ann.wav'},stop" if i % 7 else f"{recordings / 'yes-bob.wav'},yes" for i in range(501)
+        ]
+        (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *rows, "missing.wav,no"]))
+        outcome = invoke(
+            "kws", "train", "--data", tmp_path, "--output-dir", tmp_path / "x", *TINY, *QUICK, "--eval-clips", 0
+        )
+        says(outcome, "missing.wav can't be read")
+
+    def test_phrases_are_no_longer_than_the_model_takes(self, recordings, tmp_path):
+        outcome = invoke(
+            *("kws", "train", "--data", recordings, "--output-dir", tmp_path, *TINY, *QUICK, "--eval-clips", 0),
+            *("--set", "max_phonemes=5"),
+        )
+        assert outcome.exit_code == 0, outcome.output
+        # Stop, yes, no, open and close.
+        assert "10 clips of" in outcome.output
 
 
 class TestEval:
@@ -227,6 +249,14 @@ class TestEval:
         assert "1 convolution" in (tmp_path / "out" / "index.html").read_text()
         (tmp_path / "metadata.csv").write_text(f"file_name,text\n{recordings}/open-ann.wav,open\n")
         says(invoke(*evaluation, "--data", tmp_path), "they are stop, yes, no")
+        (tmp_path / "metadata.csv").write_text("file_name,text\nmissing.wav,stop\n")
+        says(invoke(*evaluation, "--data", tmp_path), "missing.wav can't be read")
+        damaged = without_its_end(tmp_path / "gated", tmp_path)
+        says(
+            invoke("kws", "eval", "--model", damaged, "--data", recordings),
+            "can't load the keyword model",
+            "incomplete metadata",
+        )
 
     def test_errors_say_the_way_out(self, recordings, spotter_folder, base_folder, tmp_path):
         pytest.importorskip("matplotlib")
@@ -234,99 +264,41 @@ class TestEval:
         says(invoke("kws", "eval", "--model", tmp_path / "no", "--data", recordings), "can't load a keyword spotting")
         says(invoke("kws", "eval", "--model", base_folder, "--data", recordings), "can't load a keyword spotting")
         says(invoke(*model, "--data", tmp_path / "missing"), "can't make trials", "metadata.csv")
+        damaged = without_its_end(spotter_folder, tmp_path)
+        says(invoke("kws", "eval", "--model", damaged, "--data", recordings), "can't load", "incomplete metadata")
+        config = json.loads((damaged / "config.json").read_text())
+        (damaged / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+        says(invoke("kws", "eval", "--model", damaged, "--data", recordings), "can't load", "expected int, got str")
+        for option in ("--output-dir", "--json"):
+            evaluation = (
+                "kws",
+                "eval",
+                "--model",
+                spotter_folder,
+                "--data",
+                recordings,
+                "--output-dir",
+                tmp_path / "y",
+            )
+            place = recordings / "metadata.csv" if option == "--output-dir" else tmp_path
+            says(invoke(*evaluation, option, place), f"Invalid value for '{option}'")
+        says(
+            invoke(*model[:4], "--data", recordings, "--output-dir", recordings / "metadata.csv" / "x"),
+            "can't make the folder",
+        )
         file = tmp_path / "trials.csv"
         for content, words in [
             ("audio,phrase\nx,y\n", "lacks the columns ['label']"),
             ("audio,phrase,label\nx.wav,y,2\n", "`label` is '2' in line 2"),
             ("audio,phrase,label,kind\nx.wav,y,1,hard\n", "`kind` is 'hard' in line 2, with the label 1"),
             ("audio,phrase,label\nx.wav,y,1\n", "x.wav can't be read"),
+            ("audio,phrase,label\n,y,1\n", "`audio` is empty in line 2"),
+            (f"\ufeffaudio,phrase,label\n{recordings}/yes-ann.wav,yes,1\n", "one class only"),
             (f"audio,phrase,label\n{recordings}/yes-ann.wav,yes,1\n", "one class only"),
             (f"audio,phrase,label\n{recordings}/yes-ann.wav,?,1\n", "can be pronounced"),
         ]:
             file.write_text(content)
             says(invoke(*model, "--data", file), words)
-
-
-@pytest.fixture
-def scored():
-    draw = np.random.default_rng(0)
-    labels = np.array([1] * 60 + [0] * 120)
-    kinds = np.array(["positive"] * 60 + ["random"] * 60 + ["hard"] * 60)
-    scores = draw.normal(size=180) + 3 * labels - 2 * (kinds == "random")
-    phonemes = draw.integers(3, 12, 180)
-    seconds = 0.1 * phonemes + 0.2
-    seconds[60:] = seconds[60:][::-1]
-    texts = ["a"] * 180
-    return Scored(scores, labels, kinds, seconds, phonemes, [str(i % 20) for i in range(180)], texts, texts)
-
-
-class TestFigures:
-    def test_negatives_are_told_apart_and_intervals_hold_the_figures(self, scored):
-        every, random, hard = figures_of(scored, resamples=50)
-        assert (every.num_negatives, random.num_negatives, hard.num_negatives) == (120, 60, 60)
-        assert random.auc > every.auc > hard.auc and random.eer < hard.eer
-        for own in (every, random, hard):
-            assert own.auc_interval[0] <= own.auc <= own.auc_interval[1]
-            assert own.eer_interval[0] <= own.eer <= own.eer_interval[1]
-        assert random.miss_rate_at_1_percent_false_alarms < hard.miss_rate_at_1_percent_false_alarms
-        assert "hard" in str(figures_table([hard], "caption").rows)
-
-    def test_the_baseline_hears_nothing_but_the_duration(self, scored):
-        duration = duration_only_scores(scored)
-        # Positives have exactly the usual length; the others have the length of another phrase.
-        assert np.abs(duration[scored.labels == 1]).max() < 1e-6
-        assert (duration[scored.labels == 0] < -1e-3).mean() > 0.8
-        scored.seconds[:] = 1.0
-        assert np.ptp(duration_only_scores(scored)) < 1e-6
-
-
-class TestPictures:
-    def test_plain_arrays_are_drawn(self, scored, tmp_path):
-        pytest.importorskip("matplotlib")
-        draw_from = np.random.default_rng(0)
-        blocks = [
-            det_curve(scored, ["random", "hard"]),
-            score_histograms(scored),
-            spectrogram("clip", draw_from.normal(size=(98, 40)), 1.0),
-            gate_activity("gates", draw_from.integers(0, 2, (50, 6)), (0.0, 2.0)),
-            alignment(
-                "path", draw_from.normal(size=(20, 3)), np.repeat([0, 1, 2], [5, 5, 10]), ["K", "AE1", "T"], 1.0
-            ),
-        ]
-        section = Section("s", "S", blocks, [])
-        draw(section, tmp_path / "all.png")
-        assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
-        page = render_page("T", [section], {})
-        assert page.count("data:image/png;base64,") == 3 and "url(" not in page
-        assert 'aria-label="path: K 0.25 s, AE1 0.25 s, T 0.50 s"' in page
-
-    def test_a_phrase_that_can_not_be_there_is_no_mistake(self, scored):
-        scored.scores[0], scored.scores[-1] = -np.inf, np.inf
-        with np.errstate(all="raise"):
-            shown = mistakes_table(scored, 1).rows
-        assert [row[-1] for row in shown] == ["100.0%", "0.0%"]
-
-    def test_the_trade_off_falls_and_stays_on_its_scale(self, scored):
-        curve = det_curve(scored, ["random", "hard"])
-        for _, points in curve.series:
-            x, y, _ = zip(*points, strict=True)
-            assert list(x) == sorted(x) and list(y) == sorted(y, reverse=True)
-            assert curve.x_ticks[0] <= x[0] and x[-1] <= curve.x_ticks[-1]
-
-    def test_histograms_are_shares(self, scored):
-        # A phrase that no frames are left for.
-        scored.scores[-1] = -np.inf
-        assert [name for name, _ in score_histograms(scored).series] == ["positive", "random", "hard"]
-        for _, points in score_histograms(scored).series:
-            assert sum(y for _, y, _ in points) == pytest.approx(1)
-
-    def test_a_line_runs_through_the_middle_of_its_rows(self):
-        image = Raster("t", "x", "y", np.zeros((2, 4)), (0.0, 4.0), ["a", "b"], [(0.0, 0), (4.0, 1)])
-        (left, top), (right, bottom) = (map(float, point.split(",")) for point in image.path.split())
-        assert (left, right) == (image.left, image.width - image.right)
-        assert top - image.top == pytest.approx(image.height - image.bottom - bottom)
-        with pytest.raises(ValueError, match="1 names for 2 rows"):
-            Raster("t", "x", "y", np.zeros((2, 4)), (0.0, 1.0), ["a"])
 
 
 class TestDemo:
