@@ -61,7 +61,8 @@ class PhonemeTokenizer(PreTrainedTokenizer):
         self._lexicon = {_headword(word): _checked(word, entry) for word, entry in lexicon.items()}
         self._ids = {symbol: i for i, symbol in enumerate(SYMBOLS)}
         defaults = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-        super().__init__(lexicon=lexicon, **{**defaults, **kwargs})
+        # "<unk>" in a transcript is no phoneme: a text is read as it stands.
+        super().__init__(lexicon=lexicon, **{**defaults, "split_special_tokens": True, **kwargs})
 
     @property
     def vocab_size(self) -> int:
@@ -113,7 +114,7 @@ class PhonemeTokenizer(PreTrainedTokenizer):
         return tokens
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        # A part of the text between special tokens, which may be a blank.
+        # With `split_special_tokens=False` a part of the text between special tokens, which may be a blank.
         return list(itertools.chain(*pronunciations(text, self._lexicon, limit=1)))
 
     def _convert_token_to_id(self, token: str) -> int:

@@ -203,6 +203,11 @@ class TestAlternatives:
             assert found[0] == tokenizer.tokenize(text)
             assert len(set(map(tuple, found))) == len(found)
 
+    @pytest.mark.parametrize("text", ["<unk> hello", "hey <s> you", "<pad>"])
+    def test_names_of_special_symbols_are_words_like_any(self, tokenizer, text):
+        assert tokenizer.tokenize(text) == tokenizer.pronunciations(text)[0]
+        assert min(tokenizer(text)["input_ids"]) > 3 and min(tokenizer([text, "hey"])["input_ids"][0]) > 3
+
     def test_homographs_have_both_readings(self, tokenizer):
         assert tokenizer.pronunciations("read")[:2] == [["R", "EH1", "D"], ["R", "IY1", "D"]]
 
