@@ -202,7 +202,7 @@ class CedForKeywordSpotting(CedPreTrainedModel):
         audio = self.get_audio_features(input_features, attention_mask)
         logits = ctc_logits = None
         losses: dict[str, torch.Tensor] = {}
-        self._check_pairs(input_features, keyword_ids, labels)
+        self._check_pairs(input_features, keyword_ids, labels, phoneme_labels)
         if keyword_ids is not None:
             text = self.get_text_features(keyword_ids, keyword_attention_mask)
             pairs = self._verify(audio, text.last_hidden_state[:, None], text.attention_mask[:, None])

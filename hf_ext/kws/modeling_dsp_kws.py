@@ -269,7 +269,7 @@ class DspForKeywordSpotting(DspKwsPreTrainedModel):
         audio = KwsAudioFeatures(last_hidden_state=self._project_audio(hidden), attention_mask=frame_mask)
         logits = ctc_logits = None
         losses: dict[str, torch.Tensor] = {}
-        self._check_pairs(input_features, keyword_ids, labels)
+        self._check_pairs(input_features, keyword_ids, labels, phoneme_labels)
         if keyword_ids is not None:
             text = self.get_text_features(keyword_ids, keyword_attention_mask, keyword_word_ids)
             units, unit_mask = text.last_hidden_state, text.attention_mask

@@ -30,7 +30,7 @@ def keyword_losses(
         one of every weight.
 
     Raises:
-        ValueError: if targets have another shape or a label is none of the model's.
+        ValueError: if targets have another shape or are above 1, or a label is none of the model's.
     """
     mask = output.window_mask
     labels = _of_windows("labels", labels, mask)
@@ -39,10 +39,14 @@ def keyword_losses(
         raise ValueError(
             f"`labels` has the keyword {int(labels.max())} and the model has {num_labels} (`num_labels`)."
         )
+    if labels.is_floating_point():
+        raise ValueError(f"`labels` must be integers, the numbers of keywords, got {labels.dtype}.")
     has_keyword = labels >= 0
     targets = has_keyword.float()
     if detection_targets is not None:
         targets = _of_windows("detection_targets", detection_targets, mask).float()
+        if targets.numel() and float(targets.max()) > 1:
+            raise ValueError(f"`detection_targets` must be at most 1, got {float(targets.max()):g}.")
     counts = targets >= 0
     detected = output.detection_logits[mask].float()[counts]
     classes = output.class_logits[mask].float()[has_keyword]

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .modeling_kws_conformer import KwsConformerAttention
+from .modeling_kws_conformer import KwsConformerAttention, check_phoneme_labels
 from .modeling_kws_outputs import KeywordSpottingOutput, KwsAudioFeatures
 
 
@@ -58,9 +58,15 @@ class TextDefinedKwsPreTrainedModel(KwsEncoderPreTrainedModel):
     input_modalities = ("audio", "text")
 
     def _check_pairs(
-        self, input_features: torch.Tensor, keyword_ids: torch.Tensor | None, labels: torch.Tensor | None
+        self,
+        input_features: torch.Tensor,
+        keyword_ids: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        phoneme_labels: torch.Tensor | None,
     ) -> None:
         """Whether there are as many phrases as clips, and labels as labels are."""
+        if phoneme_labels is not None:
+            check_phoneme_labels("phoneme_labels", phoneme_labels, len(input_features), self.config.vocab_size)
         if keyword_ids is None and labels is not None:
             raise ValueError("`labels` say whether a clip holds a phrase: `keyword_ids` are missing.")
         if keyword_ids is not None and len(keyword_ids) != len(input_features):

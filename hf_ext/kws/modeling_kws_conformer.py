@@ -205,6 +205,21 @@ class KwsConformerEncoder(nn.Module):
         return hidden, mask
 
 
+def check_phoneme_labels(name: str, labels: torch.Tensor, batch_size: int, vocab_size: int) -> None:
+    """Raises a `ValueError` if there is no row of labels for each clip, or one is no symbol of the vocabulary."""
+    if labels.dim() != 2 or len(labels) != batch_size:
+        raise ValueError(
+            f"`{name}` must have the shape ({batch_size}, num_spoken), got {tuple(labels.shape)}: a row of phonemes for each "
+            "clip."
+        )
+    # The CTC loss would read whatever stands behind in memory.
+    if labels.numel() and int(labels.max()) >= vocab_size:
+        raise ValueError(
+            f"`{name}` has the phoneme {int(labels.max())} and `vocab_size` is {vocab_size}: make them with the model's own "
+            "tokenizer."
+        )
+
+
 def phoneme_ctc_loss(logits: torch.Tensor, mask: torch.Tensor, phoneme_labels: torch.Tensor) -> torch.Tensor:
     """
     Mean over clips of the CTC loss, each divided by the clip's number of phonemes. Symbol 0 is the blank.

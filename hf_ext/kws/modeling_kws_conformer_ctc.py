@@ -9,7 +9,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_kws_conformer import KwsConformerConfig
 from .modeling_kws_base import KwsEncoderPreTrainedModel
-from .modeling_kws_conformer import KwsConformerEncoder, phoneme_ctc_loss
+from .modeling_kws_conformer import KwsConformerEncoder, check_phoneme_labels, phoneme_ctc_loss
 
 
 class KwsConformerPreTrainedModel(KwsEncoderPreTrainedModel):
@@ -78,18 +78,6 @@ class KwsConformerForCTC(KwsConformerPreTrainedModel):
         logits = self.ctc_head(hidden)
         loss = None
         if labels is not None:
-            self._check_labels(labels, len(input_features))
+            check_phoneme_labels("labels", labels, len(input_features), self.config.vocab_size)
             loss = phoneme_ctc_loss(logits, mask, labels)
         return CausalLMOutput(loss=loss, logits=logits)
-
-    def _check_labels(self, labels: torch.Tensor, batch_size: int) -> None:
-        if labels.dim() != 2 or len(labels) != batch_size:
-            raise ValueError(
-                f"`labels` must have the shape ({batch_size}, num_spoken), got {tuple(labels.shape)}: a row of phonemes for "
-                "each clip."
-            )
-        if labels.numel() and int(labels.max()) >= self.config.vocab_size:
-            raise ValueError(
-                f"`labels` has the phoneme {int(labels.max())} and `vocab_size` is {self.config.vocab_size}: make them with "
-                "the model's own tokenizer."
-            )

@@ -250,7 +250,7 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
         frames, frame_mask = audio
         logits = prefix_logits = ctc_logits = None
         losses: dict[str, torch.Tensor] = {}
-        self._check_pairs(input_features, keyword_ids, labels)
+        self._check_pairs(input_features, keyword_ids, labels, phoneme_labels)
         if keyword_ids is not None:
             ids, mask = self._padded_phrases(keyword_ids, keyword_attention_mask)
             matched = self.matcher(self.phoneme_embedding(ids)[:, None], frames, frame_mask)[:, 0]

@@ -315,6 +315,11 @@ class TestBadInput:
             ({"attention_mask": torch.ones(2, 41)}, r"`attention_mask` has the shape \(2, 41\)"),
             ({"gate_threshold": 1.5}, "`gate_threshold` must be from 0 to 1, got 1.5"),
             ({"detection_targets": torch.ones(2)}, "need `labels`"),
+            ({"labels": torch.zeros(2)}, "`labels` must be integers, the numbers of keywords, got torch.float32"),
+            (
+                {"labels": torch.zeros(2).long(), "detection_targets": torch.full((2,), 2.0)},
+                "`detection_targets` must be at most 1, got 2",
+            ),
             ({"labels": torch.tensor([0, 1]), "location_targets": torch.ones(2)}, "`location_targets` has the shape"),
             ({"input_features": torch.zeros(2, 90, 16), "labels": torch.tensor([0, 1])}, r"must have \(2, 7\)"),
         ],
