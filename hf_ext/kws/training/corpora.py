@@ -1,10 +1,13 @@
 """Public corpora as rows of audio and text: LibriPhrase from any word alignment or from its lists, and Speech Commands."""
 
+import codecs
 import csv
 import json
+import math
 import os
 import re
 import tarfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +20,7 @@ from hf_ext.kws.training.mining import PhoneticIndex
 
 # What aligners write where nothing, or nothing known, is said.
 _SILENCES = {"", "<sil>", "sil", "sp", "spn", "<s>", "</s>", "<eps>", "<unk>", "[noise]", "[speech]", "++noise++"}
+_UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _LIBRIPHRASE_KINDS = {
     "diffspk_positive": "positive",
     "diffspk_easyneg": "random",
@@ -48,7 +52,7 @@ def read_alignment(path: str | os.PathLike[str], tier: str = "words") -> list[Al
         `list[AlignedWord]`: in order. Silence has an empty text.
 
     Raises:
-        ValueError: if the file is none of these, or has no such tier.
+        ValueError: if the file is none of these, has no such tier, or times that are none.
 
     Example:
 
@@ -63,14 +67,20 @@ def read_alignment(path: str | os.PathLike[str], tier: str = "words") -> list[Al
     ['lights', 'lights on']
     ```
     """
-    text = Path(path).read_text(encoding="utf-8-sig")
+    content = Path(path).read_bytes()
     try:
+        # Praat writes UTF-16 where a text has more than ASCII.
+        text = content.decode("utf-16" if content[:2] in _UTF_16_MARKS else "utf-8-sig")
         words = _from_json(json.loads(text), tier) if text.lstrip()[:1] in ("{", "[") else _from_textgrid(text, tier)
-    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        words = [(_word(word), float(start), float(end)) for word, start, end in words]
+    except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
         raise ValueError(f"`path` ({path}) is no word alignment as TextGrid or JSON: {error!r}") from error
     except ValueError as error:
         raise ValueError(f"`path` ({path}): {error}") from error
-    return [AlignedWord("" if _word(text).lower() in _SILENCES else _word(text), *times) for text, *times in words]
+    for word, start, end in words:
+        if not 0 <= start <= end < math.inf:
+            raise ValueError(f"`path` ({path}) has the word {word!r} from {start} s to {end} s, which is no time.")
+    return [AlignedWord("" if word.lower() in _SILENCES else word, start, end) for word, start, end in words]
 
 
 def phrases_of_words(
@@ -148,8 +158,13 @@ def build_libriphrase(
         `list[dict]`: trials for [`KwsTrialDataset`]: the phrase of the anchor in the other clip.
 
     Raises:
-        ValueError: if no phrase is said often enough.
+        ValueError: if no phrase is said often enough, a row lacks a column, or a number is not positive.
     """
+    if num_clips < 1 or (max_episodes is not None and max_episodes < 1):
+        raise ValueError(f"`num_clips` ({num_clips}) and `max_episodes` ({max_episodes}) must be at least 1.")
+    for i, row in enumerate(phrases):
+        if lacking := [name for name in ("audio", "text", "speaker") if name not in row]:
+            raise ValueError(f"`phrases` lacks {lacking} in row {i}: make them with `phrases_of_words`.")
     said: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in phrases:
         said[row["text"]][row["speaker"]].append(row)
@@ -190,7 +205,7 @@ def build_libriphrase(
 
 
 def libriphrase_trials(
-    csv_files: Iterable[str | os.PathLike[str]],
+    csv_files: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     audio_dir: str | os.PathLike[str],
     subset: Literal["easy", "hard"] = "hard",
     expansion: Literal["four", "two"] = "four",
@@ -199,8 +214,8 @@ def libriphrase_trials(
     The trials of the official lists, in either of the two ways that papers expand them; both give as many.
 
     Args:
-        csv_files (`Iterable[str | os.PathLike]`):
-            `libriphrase_diffspk_all_1word.csv` and so on.
+        csv_files (`str`, `os.PathLike` or `Iterable[str | os.PathLike]`):
+            `libriphrase_diffspk_all_1word.csv` and so on, one or several.
         audio_dir (`str` or `os.PathLike`):
             What the paths in the lists are relative to.
         subset (`"easy"` or `"hard"`, *optional*, defaults to `"hard"`):
@@ -221,8 +236,8 @@ def libriphrase_trials(
         )
     wanted = "random" if subset == "easy" else "hard"
     trials = []
-    for path in csv_files:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+    for path in [csv_files] if isinstance(csv_files, (str, os.PathLike)) else csv_files:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = sorted(set(_CSV_COLUMNS) - set(reader.fieldnames or ()))
             if missing:
@@ -263,7 +278,7 @@ def load_speech_commands(
 
     Raises:
         FileNotFoundError: if there is no such folder or archive, or no list of the split.
-        ValueError: if an archive has nowhere to go, or a word is not there.
+        ValueError: if an archive has nowhere to go or is damaged, or a word is not there.
     """
     folder = Path(source)
     if split not in ("all", "train", "validation", "test"):
@@ -274,9 +289,12 @@ def load_speech_commands(
         folder = Path(extract_to)
         done = folder / ".unpacked"
         if not done.exists():
-            with tarfile.open(source) as archive:
-                # The filter keeps files inside the folder, whatever their names are.
-                archive.extractall(folder, filter="data")
+            try:
+                with tarfile.open(source) as archive:
+                    # The filter keeps files inside the folder, whatever their names are.
+                    archive.extractall(folder, filter="data")
+            except (tarfile.ReadError, EOFError, zlib.error) as error:
+                raise ValueError(f"`source` ({source}) is no archive, or was cut off: download it again.") from error
             done.touch()
     if not folder.is_dir():
         raise FileNotFoundError(f"`source` ({folder}) is neither a folder nor an archive.")

@@ -88,8 +88,20 @@ def test_alignments_of_every_form_are_the_same(form, tmp_path):
     assert read_alignment(tmp_path / "file") == EXPECTED
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_alignments_of_every_encoding_that_praat_writes(encoding, tmp_path):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "file").write_text(mark + long_textgrid().replace("mister", "café"), encoding=encoding)
+    assert read_alignment(tmp_path / "file")[1].text == "café"
+
+
 def test_alignment_that_is_none_is_refused(tmp_path):
-    for content in ("hello", '{"a": 1}', "[1, 2]", "{", ""):
+    (tmp_path / "file").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"`path` \(.*file\)"):
+        read_alignment(tmp_path / "file")
+    word = '[{"word": %s, "start": %s, "end": %s}]'
+    times = [word % ('"x"', *each) for each in ((2, 1), (-1, 1), ("NaN", 1), (0, "Infinity"))]
+    for content in ("hello", '{"a": 1}', "[1, 2]", "{", "", word % ("null", 0, 1), *times):
         (tmp_path / "file").write_text(content)
         with pytest.raises(ValueError, match="`path`"):
             read_alignment(tmp_path / "file")
@@ -142,6 +154,11 @@ def test_libriphrase_is_built_by_its_recipe():
     assert len(build_libriphrase(rows, max_episodes=2)) == 54
     with pytest.raises(ValueError, match="`num_clips`"):
         build_libriphrase(rows, num_clips=4)
+    for numbers in ({"num_clips": 0}, {"max_episodes": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            build_libriphrase(rows, **numbers)
+    with pytest.raises(ValueError, match=r"`phrases` lacks \['audio', 'speaker'\] in row 0"):
+        build_libriphrase([{"text": "friend"}])
 
 
 def test_official_lists_expand_both_ways(tmp_path):
@@ -161,6 +178,10 @@ def test_official_lists_expand_both_ways(tmp_path):
     assert short(subset="easy", expansion="two") == [
         ("a", "friend", 1), ("b", "friend", 1), ("a", "mother", 0), ("c", "friend", 0),
     ]  # fmt: skip
+    # One list, saved by a spreadsheet.
+    (tmp_path / "own.csv").write_text("\ufeff" + "\n".join([columns, *lines]), encoding="utf-8")
+    for path in (tmp_path / "own.csv", str(tmp_path / "own.csv")):
+        assert libriphrase_trials(path, "/x") == libriphrase_trials([tmp_path / "list.csv"], "/x")
     with pytest.raises(ValueError, match="`subset` must be"):
         short(subset="all")
     with (tmp_path / "list.csv").open("w") as file:
@@ -206,6 +227,12 @@ def test_speech_commands_refuses_what_it_cannot_do(tmp_path):
     (tmp_path / "a.tar.gz").touch()
     with pytest.raises(ValueError, match="`extract_to`"):
         load_speech_commands(tmp_path / "a.tar.gz")
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "yes", arcname="yes")
+    (tmp_path / "b.tar.gz").write_bytes((tmp_path / "b.tar.gz").read_bytes()[:-60])
+    for name in ("a.tar.gz", "b.tar.gz"):
+        with pytest.raises(ValueError, match="is no archive, or was cut off"):
+            load_speech_commands(tmp_path / name, extract_to=tmp_path / "unpacked")
 
 
 def test_archive_cannot_write_outside_its_folder(tmp_path):
