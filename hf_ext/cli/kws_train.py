@@ -22,6 +22,7 @@ from hf_ext import (
     KwsFeatureExtractor,
     KwsPairDataset,
     KwsProcessor,
+    PhonemeTokenizer,
     load_utterances,
     read_audio,
     synthesize_phrases,
@@ -241,6 +242,10 @@ def _utterances(
     listed = (words or "").split(",") + (words_file.read_text("utf-8").splitlines() if words_file else [])
     phrases = list(dict.fromkeys(word.strip() for word in listed if word.strip()))
     if phrases:
+        # Speaking takes long, and says anything.
+        tokenizer = PhonemeTokenizer()
+        for phrase in phrases:
+            tokenizer.tokenize(phrase)
         folder = synthesize_phrases(phrases, output_dir / "synthesised", clips_per_word, seed=seed)
         # The folder may have clips of an earlier list.
         rows += [row for row in load_utterances(folder) if row["text"] in set(phrases)]

@@ -117,6 +117,8 @@ class TestTrain:
         train = ("kws", "train", "--output-dir", tmp_path / "x")
         says(invoke(*train), "nothing to train on", "--data", "--words")
         says(invoke(*train, "--data", tmp_path), "has no metadata.csv")
+        says(invoke(*train, "--words", "yes, привет"), "are not Latin")
+        assert not (tmp_path / "x" / "synthesised").exists()
         data = (*train, "--data", recordings)
         says(invoke(*data, "--model-type", "slik"), "slik")
         says(invoke(*data, "--model-type", "llama"), "Unrecognized configuration class")

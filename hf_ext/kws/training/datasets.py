@@ -183,6 +183,8 @@ class KwsPairDataset(KwsTrialDataset):
             raise ValueError(f"`num_neighbours` must be at least 1, got {num_neighbours}.")
         if not confusable_kinds or set(confusable_kinds) - set(_HARD):
             raise ValueError(f"`confusable_kinds` must name some of {list(_HARD)}, got {list(confusable_kinds)}.")
+        if isinstance(vocabulary, str):
+            raise TypeError(f"`vocabulary` must be a list of phrases, got the one text {vocabulary!r}.")
         self.kinds = [kind for kind in PAIR_KINDS if shares.get(kind)]
         self.shares = [shares[kind] for kind in self.kinds]
         self.every_kind = every_kind

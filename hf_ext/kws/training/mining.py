@@ -116,6 +116,7 @@ class PhoneticIndex:
 
     Raises:
         ValueError: if there is no phrase, or one can't be pronounced.
+        TypeError: for one text in place of a list.
 
     Example:
 
@@ -137,6 +138,8 @@ class PhoneticIndex:
         max_pronunciations: int = 2,
     ) -> None:
         _check_indel_cost(indel_cost)
+        if isinstance(phrases, str):
+            raise TypeError(f"`phrases` must be a list of phrases, got the one text {phrases!r}.")
         self.phrases = list(dict.fromkeys(phrases))
         if not self.phrases:
             raise ValueError("`phrases` is empty: a vocabulary has at least one phrase.")

@@ -110,6 +110,8 @@ def plan_clips(
     Returns:
         `list[SpokenClip]`: What is drawn for a phrase does not depend on the other phrases.
     """
+    if isinstance(phrases, str):
+        raise TypeError(f"`phrases` must be a list of phrases, got the one text {phrases!r}.")
     phrases = list(dict.fromkeys(phrases))
     if not phrases:
         raise ValueError("`phrases` is empty: there is nothing to say.")
@@ -179,6 +181,7 @@ def synthesize_phrases(
     Raises:
         FileNotFoundError: if an engine is not installed; it names the package.
         ValueError: if there is no phrase, one has no pronounceable character, or an argument is out of its range.
+        TypeError: for one text in place of a list.
         RuntimeError: if a synthesiser fails; clips that are done stay.
 
     Example:

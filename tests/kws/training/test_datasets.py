@@ -262,6 +262,10 @@ class TestRows:
         with pytest.raises(ValueError, match=message):
             KwsPairDataset(utterances(), **settings)
 
+    def test_of_a_vocabulary(self):
+        with pytest.raises(TypeError, match="`vocabulary` must be a list of phrases, got the one text 'yes, no'"):
+            KwsPairDataset(utterances(), vocabulary="yes, no")
+
     def test_of_batches(self):
         collate, pair = KwsDataCollator(KwsProcessor()), KwsPairDataset(utterances())[0]
         with pytest.raises(ValueError, match=r"lack \['kind', 'label', 'phrase', 'sampling_rate'\]"):

@@ -113,5 +113,7 @@ def test_bad_input_is_named():
         phonetic_distance("HH", "HH", indel_cost=0)
     with pytest.raises(ValueError, match="`phrases` is empty"):
         PhoneticIndex([])
+    with pytest.raises(TypeError, match="must be a list of phrases, got the one text 'hey'"):
+        PhoneticIndex("hey")
     with pytest.raises(ValueError, match="`num_phrases` must be at least 1"):
         PhoneticIndex(["hey"]).nearest("hey", num_phrases=0)

@@ -140,6 +140,8 @@ def test_bad_input_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(synthesis, "installed_engines", lambda: ["flite"])
     with pytest.raises(ValueError, match="`phrases` is empty"):
         plan_clips([])
+    with pytest.raises(TypeError, match="must be a list of phrases, got the one text 'yes'"):
+        synthesize_phrases("yes", tmp_path / "clips")
     with pytest.raises(ValueError, match="`engines` has"):
         plan_clips(["yes"], engines=["sam"])
     with pytest.raises(ValueError, match="`speeds` must be a range"):
