@@ -78,7 +78,10 @@ class CedConfig(PreTrainedConfig):
     freeze_encoder: bool = False
     utterance_loss_weight: float | int = 1.0
     ctc_loss_weight: float | int = 1.0
+    # Those of [`PhonemeTokenizer`], which the Trainer would set otherwise, with a warning.
     pad_token_id: int | None = 0
+    bos_token_id: int | None = 2
+    eos_token_id: int | None = 3
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_encoder(self)

@@ -58,7 +58,10 @@ class KwsConformerConfig(PreTrainedConfig):
     intermediate_size: int = 144
     conv_kernel_size: int = 3
     hidden_dropout: float | int = 0.1
+    # Those of [`PhonemeTokenizer`], which the Trainer would set otherwise, with a warning.
     pad_token_id: int | None = 0
+    bos_token_id: int | None = 2
+    eos_token_id: int | None = 3
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_encoder(self)

@@ -103,7 +103,10 @@ class SlickConfig(PreTrainedConfig):
     utterance_loss_weight: float | int = 2.0
     prefix_loss_weight: float | int = 1.0
     ctc_loss_weight: float | int = 5.0
+    # Those of [`PhonemeTokenizer`], which the Trainer would set otherwise, with a warning.
     pad_token_id: int | None = 0
+    bos_token_id: int | None = 2
+    eos_token_id: int | None = 3
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_encoder(self)

@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoProcessor, EvalPrediction, HfArgumentParser, TrainingArguments
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging as transformers_logging
 
 from hf_ext import (
+    CedConfig,
+    CedForKeywordSpotting,
+    DspForKeywordSpotting,
+    DspKwsConfig,
     GatedConformerConfig,
     GatedConformerForKeywordDetection,
     KwsFeatureExtractor,
@@ -183,6 +189,21 @@ def test_the_card_says_what_was_reached(tmp_path):
     run.create_model_card(model_name="spotter", dataset="my words", tags="mine", license="mit")
     card = (tmp_path / "README.md").read_text()
     assert all(words in card for words in ("# spotter", "| training data | my words |", "- mine", "license: mit"))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class"),
+    [
+        (SlickForKeywordSpotting, SlickConfig),
+        (CedForKeywordSpotting, CedConfig),
+        (DspForKeywordSpotting, DspKwsConfig),
+    ],
+)
+def test_nothing_is_warned_of(model_class, config_class, tmp_path):
+    model = model_class(config_class(hidden_size=16, num_hidden_layers=1, intermediate_size=16))
+    with CaptureLogger(transformers_logging.get_logger("transformers")) as captured:
+        trainer(tmp_path, model, max_steps=1).train()
+    assert captured.out == ""
 
 
 def test_bad_settings_are_named(tmp_path):
