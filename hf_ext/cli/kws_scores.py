@@ -183,7 +183,7 @@ def score_trials(
         `Scored`
 
     Raises:
-        typer.BadParameter: if a clip can't be read or the model doesn't take a phrase.
+        typer.BadParameter: if a clip can't be read, the model doesn't take a phrase, or gives scores that are no numbers.
     """
     scored: dict[str, list[Any]] = {name: [] for name in Scored.__dataclass_fields__ if name != "unit"}
     clips = _by_clip(trials)
@@ -215,6 +215,11 @@ def score_trials(
         name: np.array(values) if name not in ("groups", "texts", "phrases") else values
         for name, values in scored.items()
     }
+    if np.isnan(arrays["scores"]).any():
+        raise typer.BadParameter(
+            f"the model gives scores that are no numbers, to {int(np.isnan(arrays['scores']).sum())} of {len(arrays['scores'])} "
+            "trials: its weights are damaged, or its training diverged."
+        )
     result = Scored(**arrays, unit=unit_of([row for row, _ in clips]))
     if not 0 < result.labels.sum() < len(result.labels):
         raise typer.BadParameter("the trials have one class only: both matches (1) and mismatches (0) are needed.")

@@ -188,6 +188,9 @@ def train(
     )
     with suitable_threads(spotter, threads or torch.get_num_threads()):
         trainer.train(resume_from_checkpoint=resume or None)
+        if not all(weight.isfinite().all() for weight in spotter.parameters()):
+            console.print(f"Training diverged: take a --learning-rate below {learning_rate:g}.", style="red")
+            raise typer.Exit(1)
         if eval_pairs is not None:
             console.print(rich_table(_training_table(trainer.evaluate(), f"{len(held_out):,} clips")))
     # The card says what the evaluation found.

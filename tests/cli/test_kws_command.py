@@ -149,6 +149,14 @@ class TestTrain:
         )
         says(outcome, "missing.wav can't be read")
 
+    def test_training_that_diverges_is_told(self, recordings, tmp_path):
+        outcome = invoke(
+            *("kws", "train", "--data", recordings, "--output-dir", tmp_path / "x", *TINY, "--batch-size", 4),
+            *("--steps", 4, "--device", "cpu", "--learning-rate", 1e30),
+        )
+        assert outcome.exit_code == 1 and "take a --learning-rate below 1e+30" in outcome.output
+        assert not (tmp_path / "x" / "config.json").exists()
+
     def test_phrases_are_no_longer_than_the_model_takes(self, recordings, tmp_path):
         outcome = invoke(
             *("kws", "train", "--data", recordings, "--output-dir", tmp_path, *TINY, *QUICK, "--eval-clips", 0),
@@ -271,6 +279,12 @@ class TestEval:
         config = json.loads((damaged / "config.json").read_text())
         (damaged / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
         says(invoke("kws", "eval", "--model", damaged, "--data", recordings), "can't load", "expected int, got str")
+        diverged = AutoModelForKeywordSpotting.from_pretrained(spotter_folder)
+        diverged.head.utterance.bias.data.fill_(float("nan"))
+        diverged.save_pretrained(tmp_path / "diverged")
+        KwsProcessor().save_pretrained(tmp_path / "diverged")
+        outcome = invoke(*model[:3], tmp_path / "diverged", *model[4:], "--data", recordings)
+        says(outcome, "scores that are no numbers, to 60 of 60 trials")
         for option in ("--output-dir", "--json"):
             evaluation = (
                 "kws",
