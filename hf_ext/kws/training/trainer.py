@@ -24,8 +24,8 @@ class KwsTrainer(Trainer):
     Trains models of the keyword spotting convention, such as [`SlickForKeywordSpotting`], on pairs of a clip and a phrase.
 
     Optimisation, distribution, checkpoints and logging are [`~transformers.Trainer`]'s. Each loss is a mean over the
-    pairs of a step, whatever micro-batches and processes they are spread over. (What normalises by the statistics of a
-    batch, as a conformer's convolutions do, still sees one micro-batch at a time.)
+    pairs of a step, whatever micro-batches and processes they are spread over. (What looks at a
+    batch as a whole, as a conformer's convolutions and the contrastive loss do, still sees one micro-batch at a time.)
 
     It logs the unweighted losses. An evaluation also logs, pooled over all phrases with one threshold, `auc` and `eer`
     against all negatives and, for each kind of negative in the data, `random_auc`, `random_eer`, `hard_auc` and so on. (On

@@ -155,7 +155,8 @@ class KwsWindowDataset(Dataset):
             Of the clips, and of what is drawn.
 
     Raises:
-        ValueError: if there are no utterances or noises, a noise is empty, a text is no keyword, or the shares are none.
+        ValueError: if there are no utterances or noises, a noise is empty, a text is no keyword, the shares are none, or
+            the sampling rates differ.
 
     Example:
 
@@ -194,6 +195,10 @@ class KwsWindowDataset(Dataset):
         if not len(utterances) or not len(noises):
             raise ValueError(
                 f"There are {len(utterances)} `utterances` and {len(noises)} `noises`: windows need at least one of each."
+            )
+        if augmenter is not None and augmenter.sampling_rate != sampling_rate:
+            raise ValueError(
+                f"`augmenter` works at {augmenter.sampling_rate} Hz and `sampling_rate` is {sampling_rate}: make them equal."
             )
         if any(not torch.is_tensor(noise) or noise.dim() != 1 or len(noise) == 0 for noise in noises):
             raise ValueError("`noises` must be recordings of shape (num_samples,): tensors with a sample each.")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ext import KwsFeatureExtractor, KwsWindowDataCollator, KwsWindowDataset, hold_out, load_noises
+from hf_ext import KwsAugmenter, KwsFeatureExtractor, KwsWindowDataCollator, KwsWindowDataset, hold_out, load_noises
 from hf_ext.kws.training.windows import speech_interval
 
 
@@ -124,6 +124,10 @@ class TestBadInput:
             ({"noises": [torch.zeros(0)]}, "`noises` must be recordings"),
             ({"noises": [torch.zeros(2, 100)]}, "`noises` must be recordings"),
             ({"noises": [torch.zeros(100).numpy()]}, "`noises` must be recordings"),
+            (
+                {"augmenter": KwsAugmenter(sampling_rate=8000)},
+                "`augmenter` works at 8000 Hz and `sampling_rate` is 16000",
+            ),
             ({"window_samples": 0}, r"`window_samples` \(0\) must be positive"),
             ({"num_windows": -1}, r"`num_windows` \(-1\) not negative"),
             ({"utterances": []}, "0 `utterances`"),
