@@ -11,7 +11,7 @@ import torch
 from datasets import Audio, Dataset
 from transformers import pipeline
 
-from hf_ext import KeywordSpottingPipeline, KwsProcessor, SlickConfig, SlickForKeywordSpotting
+from hf_ext import KeywordSpottingPipeline, KwsProcessor, PhonemeTokenizer, SlickConfig, SlickForKeywordSpotting
 from hf_ext.kws.spotting.pipeline import split_into_windows
 
 
@@ -89,6 +89,19 @@ class TestAnswers:
         assert zero["score"] == pytest.approx(max(each.values()), abs=1e-6)
         (first,) = spotter(clip(speechlike()), candidate_labels=["zero"], max_pronunciations=1)
         assert first["score"] == pytest.approx(each[ways[0]], abs=1e-6)
+
+    def test_an_alternative_too_long_for_the_model_is_left_out(self):
+        model = SlickForKeywordSpotting(SlickConfig(hidden_size=16, num_hidden_layers=1, max_phonemes=4))
+        tokenizer = PhonemeTokenizer(lexicon={"blip": ["B L IH1 P", "B L IH1 P AH0"], "blips": "B L IH1 P S"})
+        own = pipeline("keyword-spotting", model=model, processor=KwsProcessor(tokenizer=tokenizer), device="cpu")
+        assert_same(
+            own(clip(speechlike()), candidate_labels=["blip"]),
+            own(clip(speechlike()), candidate_labels=["blip"], max_pronunciations=1),
+        )
+        with pytest.raises(
+            ValueError, match="'blips': `keyword_ids` has a phrase of 5 phonemes and the model takes 4"
+        ):
+            own(clip(speechlike()), candidate_labels=["blip", "blips"])
 
     def test_commas_and_braces(self, spotter):
         listed = spotter(clip(speechlike()), candidate_labels=["{HH EY1} computer", "lights on"])
