@@ -36,8 +36,8 @@ from hf_ext.cli.report import Table, rich_table
 # So many clips give the mean and the spread of each channel well enough.
 _CLIPS_FOR_STATISTICS = 200
 _CLIPS_FOR_TABLE = 5_000
-# Of the papers' phrases.
-_MOST_PHONEMES = 25
+# Of the papers' longest phrases, where a model takes any.
+_USUAL_PHONEMES = 25
 # Below so many phrases, none can be spared for evaluation.
 _LEAST_PHRASES = 10
 
@@ -133,7 +133,7 @@ def train(
         spotter, processor = _model(model, model_type, setting or [], kept)
         vocabulary = sorted({row["text"] for row in kept})
         augmenter = KwsAugmenter(_noises(noise)) if augment else None
-        longest = _most_phonemes(spotter)
+        longest = getattr(spotter.config, "longest_phrase", None) or _USUAL_PHONEMES
         pairs = KwsPairDataset(kept, processor.tokenizer, augmenter=augmenter, max_phonemes=longest, seed=seed)
         eval_pairs = None
         if held_out:
@@ -299,12 +299,6 @@ def _model(
     config = AutoConfig.for_model(model_type, **fields)
     spotter = AutoModelForKeywordSpotting.from_config(config)
     return spotter, KwsProcessor(_normalising_extractor(rows, config.num_mel_bins))
-
-
-def _most_phonemes(spotter: Any) -> int:
-    """The longest phrases that the model takes, or else that are usual."""
-    bounded = getattr(spotter.config, "head_type", None) == "flatten"
-    return spotter.config.max_phonemes if bounded else _MOST_PHONEMES
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -233,7 +233,7 @@ def kws_model_card(
         hop_ms=f"{1000 * extractor.hop_length / extractor.sampling_rate:g}",
         sampling_rate=extractor.sampling_rate,
         vocab_size=len(processor.tokenizer),
-        max_phonemes=getattr(config, "max_phonemes", None) if getattr(config, "head_type", "") != "shared" else None,
+        max_phonemes=getattr(config, "longest_phrase", None),
         facts=facts or {},
         figures=[
             (group.removesuffix("_") or "all", f"{measured[group + 'auc']:.1%}", f"{measured[group + 'eer']:.1%}")

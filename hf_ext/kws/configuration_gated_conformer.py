@@ -69,8 +69,8 @@ class GatedConformerConfig(PreTrainedConfig):
             Weights of the four losses. The paper's are not known.
 
     Raises:
-        ValueError: if a size is not positive, heads don't divide the width, the kernel is even, the window is shorter than a step, the hop is no
-            multiple of 4, or a probability, temperature, weight or factor is out of range.
+        ValueError: if a size is not positive, heads don't divide the width, the kernel is even, the window is shorter than a
+            step, the hop is no multiple of 4, or a probability, temperature, weight or factor is out of range.
 
     Example:
 

@@ -116,3 +116,8 @@ class SlickConfig(PreTrainedConfig):
                 f"`num_matcher_heads` ({self.num_matcher_heads}) does not divide `hidden_size` ({self.hidden_size})."
             )
         super().__post_init__(**kwargs)
+
+    @property
+    def longest_phrase(self) -> int | None:
+        """Phonemes of the longest phrase that the model takes; `None` where any will do. Only this model has a longest."""
+        return self.max_phonemes if self.head_type == "flatten" else None

@@ -294,7 +294,7 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
             raise ValueError(f"`keyword_ids` must have the shape (num_phrases, num_phonemes), got {tuple(ids.shape)}.")
         kept = ids.ne(0) if mask is None else mask.bool()
         most = self.config.max_phonemes
-        if self.config.head_type == "flatten" and ids.shape[1] > most:
+        if self.config.longest_phrase is not None and ids.shape[1] > most:
             longest = int(kept.sum(-1).max())
             if longest > most:
                 raise ValueError(

@@ -286,16 +286,7 @@ class TestEval:
         outcome = invoke(*model[:3], tmp_path / "diverged", *model[4:], "--data", recordings)
         says(outcome, "scores that are no numbers, to 60 of 60 trials")
         for option in ("--output-dir", "--json"):
-            evaluation = (
-                "kws",
-                "eval",
-                "--model",
-                spotter_folder,
-                "--data",
-                recordings,
-                "--output-dir",
-                tmp_path / "y",
-            )
+            evaluation = (*model[:-1], tmp_path / "y", "--data", recordings)
             place = recordings / "metadata.csv" if option == "--output-dir" else tmp_path
             says(invoke(*evaluation, option, place), f"Invalid value for '{option}'")
         says(

@@ -172,8 +172,7 @@ class KeywordSpottingPipeline(ChunkPipeline):
         tokenizer = self.processor.tokenizer
         if hasattr(tokenizer, "pronunciations"):
             spoken = [tokenizer.pronunciations(label, max_pronunciations) for label in labels]
-            config = self.model.config
-            most = config.max_phonemes if getattr(config, "head_type", None) == "flatten" else math.inf
+            most = getattr(self.model.config, "longest_phrase", None) or math.inf
             # An alternative may be too long for the model where the usual pronunciation isn't.
             spoken = [[way for way in ways if len(way) <= most] or ways for ways in spoken]
             owners = [place for place, ways in enumerate(spoken) for _ in ways]

@@ -24,8 +24,8 @@ class KwsTrainer(Trainer):
     Trains models of the keyword spotting convention, such as [`SlickForKeywordSpotting`], on pairs of a clip and a phrase.
 
     Optimisation, distribution, checkpoints and logging are [`~transformers.Trainer`]'s. Each loss is a mean over the
-    pairs of a step, whatever micro-batches and processes they are spread over. (What looks at a
-    batch as a whole, as a conformer's convolutions and the contrastive loss do, still sees one micro-batch at a time.)
+    pairs of a step, whatever micro-batches and processes they are spread over. (What looks at a batch as a whole, as a
+    conformer's convolutions and the contrastive loss do, still sees one micro-batch at a time.)
 
     It logs the unweighted losses. An evaluation also logs, pooled over all phrases with one threshold, `auc` and `eer`
     against all negatives and, for each kind of negative in the data, `random_auc`, `random_eer`, `hard_auc` and so on. (On
@@ -332,13 +332,12 @@ def _check_phrases(model: Any, processor: KwsProcessor, datasets: dict[str, Any]
             f"`processing_class` has {symbols} phonemes and the model takes {config.vocab_size} (`vocab_size`): make it with "
             f"`vocab_size={symbols}`."
         )
-    if getattr(config, "head_type", None) != "flatten":
-        return
+    longest = getattr(config, "longest_phrase", None)
     for name, dataset in datasets.items():
-        if getattr(dataset, "most_phonemes", 0) > config.max_phonemes:
+        if longest is not None and getattr(dataset, "most_phonemes", 0) > longest:
             raise ValueError(
-                f"`{name}` has phrases of up to {dataset.most_phonemes} phonemes and the model takes {config.max_phonemes} "
-                f"(`max_phonemes`): make it with `max_phonemes={config.max_phonemes}`, which leaves longer ones out."
+                f"`{name}` has phrases of up to {dataset.most_phonemes} phonemes and the model takes {longest} "
+                f"(`max_phonemes`): make it with `max_phonemes={longest}`, which leaves longer ones out."
             )
 
 
