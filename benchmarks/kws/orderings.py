@@ -4,7 +4,7 @@ What the papers' parts are worth: each left out, on the same clips, for the same
 SLiCK with the losses of phonemes and of prefixes and without them; CED with made-up confusable phrases among its negatives and
 without; DSP against equal cuts and against attention. All models have an encoder of the same small size, see half of the
 phrases of a folder of synthesised clips, and are measured on clips of the other half and on recordings, whose words are none
-of the training. It takes about three quarters of an hour for each seed on one core, and goes on where it stopped:
+of the training. It takes about an hour and a half for each seed on one core, and goes on where it stopped:
 
     python -m benchmarks.kws.orderings --clips out/slick/clips --recordings speech/speech_commands --seeds 0 1 2
 """
@@ -64,7 +64,7 @@ KINDS = ("random", "hard", "confusable")
 class OrderingsArguments:
     clips: str = field(metadata={"help": "A folder of synthesised clips, as `synthesize_phrases` writes it."})
     recordings: list[str] = field(default_factory=list, metadata={"help": "Folders of recordings to measure on too."})
-    steps: int = field(default=800, metadata={"help": "Steps of each variant, of 64 pairs."})
+    steps: int = field(default=3_000, metadata={"help": "Steps of each variant, of 64 pairs."})
     num_phrases: int = field(default=4_000, metadata={"help": "Phrases trained on, all of their clips."})
     eval_clips: int = field(
         default=300, metadata={"help": "Clips of other phrases, and of each folder of recordings."}
