@@ -184,6 +184,12 @@ def train(
         typer.Option(min=0.0, max=1.0, help="Train for this one; by default for all. Classifiers need one."),
     ] = None,
     min_sensitivity: Annotated[float, typer.Option(min=0.0, max=1.0, help="The least that is trained for.")] = 0.3,
+    active_fraction: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Share of the MLPs to use at --sensitivity; by default what its labels use."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
     router_steps: Annotated[
         int,
@@ -231,6 +237,7 @@ def train(
             router_steps=router_steps,
             sensitivity=sensitivity,
             min_sensitivity=min_sensitivity,
+            active_fraction=active_fraction,
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=batch_size,
             learning_rate=learning_rate,

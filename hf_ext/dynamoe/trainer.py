@@ -248,7 +248,7 @@ class DynaMoeTrainer(SFTTrainer):
         return losses, outputs
 
     def _budget_loss(self, outputs: Any, sensitivity: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The squared difference between the shares of the MLPs that a row's choices and its labels use, for each token."""
+        """The squared difference between the shares of the MLPs that a row uses and may use, for each token."""
         widths = (
             torch.tensor(self.routed.config.expert_widths, device=mask.device) / self.routed.config.expert_widths[-1]
         )
@@ -257,7 +257,9 @@ class DynaMoeTrainer(SFTTrainer):
             for logits in outputs.router_logits
         ]
         used = (torch.stack(choices) * widths.diff(prepend=widths.new_zeros(1))).sum(-1).mean(0)
-        wanted = widths[smallest_sufficient(outputs.nearness, sensitivity)].mean(0)
+        wanted = self.args.active_fraction
+        if wanted is None:
+            wanted = widths[smallest_sufficient(outputs.nearness, sensitivity)].mean(0)
         num_tokens = mask.sum(1)
         return ((used - wanted) * mask).sum(1).square() / num_tokens.clamp(min=1)
 

@@ -29,13 +29,21 @@ def check_settings(args: DynaMoeTrainingConfig, routed: DynaMoeForCausalLM) -> N
             The model that is trained.
 
     Raises:
-        ValueError: for classifiers without a sensitivity, and for routers alone on a trunk that they reach.
+        ValueError: for classifiers without a sensitivity, a budget that they can't keep or that is below the smallest expert,
+            and for routers alone on a trunk that they reach.
     """
     if routed.config.router_type == "classifier" and args.sensitivity in (None, 1):
         raise ValueError(
             "`sensitivity` is needed: the routers are classifiers, whose labels are made with one, below 1, got "
             f"{args.sensitivity}."
         )
+    if args.active_fraction is not None:
+        least = routed.config.expert_widths[0] / routed.config.expert_widths[-1]
+        if routed.config.router_type == "classifier" or args.active_fraction < least:
+            raise ValueError(
+                f"`active_fraction`={args.active_fraction} is for ordinal routers, and at least the share of the smallest expert, "
+                f"{least:.3g}, got {routed.config.router_type} routers: convert with `router_type='ordinal'` or smaller experts."
+            )
     if args.router_steps and not routed.config.detach_router_input:
         raise ValueError(
             f"`router_steps`={args.router_steps} trains routers alone, but with `detach_router_input=False` their loss "

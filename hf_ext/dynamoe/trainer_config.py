@@ -42,8 +42,11 @@ class DynaMoeTrainingConfig(SFTConfig):
             Whether behind `router_steps` ordinal routers learn from the losses of the routed model, by a straight-through
             estimator, in place of the measured nearness, which then only says how much of the MLPs each text may use. Not in
             the paper: the same compute goes where it lowers the loss most. Classifiers always learn their labels.
+        active_fraction (`float`, *optional*):
+            Share of the MLPs that texts may use at `sensitivity`, which it needs, in place of what the labels of that
+            sensitivity use. For a model of one budget that is known beforehand; not in the paper.
         budget_weight (`float`, *optional*, defaults to `10.0`):
-            Weight of the squared difference between the share of the MLPs that a text uses and that of its labels.
+            Weight of the squared difference between the share of the MLPs that a text uses and the one it may use.
         router_noise (`float`, *optional*, defaults to `1.0`):
             Standard deviation of the noise on the routers' logits in training, which lets them see what other choices do.
         eval_sensitivities (`list[float]`, *optional*, defaults to `[0.5, 0.7, 0.8, 0.9, 1.0]`):
@@ -55,7 +58,8 @@ class DynaMoeTrainingConfig(SFTConfig):
 
     Raises:
         ValueError: for weights, rates, steps and noise that are negative or no numbers, shares and sensitivities outside 0 to 1,
-            none or the same twice to evaluate, and options of SFT that have no effect.
+            none or the same twice to evaluate, a budget without a sensitivity or without routers that keep to it, and options of
+            SFT that have no effect.
     """
 
     lm_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the routed model's next-token loss."})
@@ -78,8 +82,11 @@ class DynaMoeTrainingConfig(SFTConfig):
     straight_through: bool = field(
         default=True, metadata={"help": "Ordinal routers learn from the losses of the routed model."}
     )
+    active_fraction: float | None = field(
+        default=None, metadata={"help": "Share of the MLPs to use at `sensitivity`; by default that of its labels."}
+    )
     budget_weight: float = field(
-        default=10.0, metadata={"help": "Weight of the squared difference from the labels' share of the MLPs."}
+        default=10.0, metadata={"help": "Weight of the squared difference from the share of the MLPs to use."}
     )
     router_noise: float = field(default=1.0, metadata={"help": "Standard deviation of noise on the routers' logits."})
     eval_sensitivities: list[float] = field(
@@ -109,6 +116,8 @@ class DynaMoeTrainingConfig(SFTConfig):
         checked_sensitivity(self.min_sensitivity, "min_sensitivity")
         if self.sensitivity is not None:
             checked_sensitivity(self.sensitivity)
+        if self.active_fraction is not None:
+            self._check_budget()
         for name in ("packing", "padding_free", "eval_packing"):
             if getattr(self, name):
                 raise ValueError(
@@ -123,3 +132,17 @@ class DynaMoeTrainingConfig(SFTConfig):
         if self.router_steps and getattr(self, "ddp_find_unused_parameters", None) is None:
             # While routers train alone, nothing else gets a gradient.
             self.ddp_find_unused_parameters: bool | None = True
+
+    def _check_budget(self) -> None:
+        given = f"`active_fraction`={self.active_fraction}"
+        if not 0 < self.active_fraction <= 1:  # type: ignore[operator]
+            raise ValueError(f"{given} must be above 0 and at most 1: it is a share of the MLPs.")
+        if self.sensitivity is None:
+            raise ValueError(
+                f"{given} is a budget at one `sensitivity`: give the one that it will be used at, such as 0.7."
+            )
+        if not self.straight_through or not self.budget_weight:
+            raise ValueError(
+                f"{given} is kept by routers that learn from the loss: it needs `straight_through=True` and a `budget_weight` "
+                f"above 0, got {self.straight_through} and {self.budget_weight}."
+            )

@@ -151,6 +151,15 @@ def test_routers_on_the_straight_way_keep_to_the_budget(tmp_path):
     assert shares[0.0][0] > 1.15 * shares[0.0][1]
 
 
+def test_routers_keep_to_a_budget_that_is_given(tmp_path):
+    """Whatever the labels of the sensitivity would use."""
+    options = {"train_dataset": texts(64), "max_steps": 60, "router_learning_rate": 3e-2, "sensitivity": 0.5}
+    for share in (0.4, 0.8):
+        trainer = tiny_trainer(tmp_path, straight_through=True, active_fraction=share, label_forcing=0.0, **options)
+        trainer.train()
+        assert sum(logged(trainer, "active_fraction")[-10:]) / 10 == pytest.approx(share, rel=0.1)
+
+
 def test_the_straight_way_begins_behind_the_routers_own_stage(tmp_path):
     """Which learns the measured nearness, on the dense model."""
     trainer = tiny_trainer(tmp_path, router_steps=2, straight_through=True)
@@ -273,6 +282,21 @@ def test_numbers_that_would_pass_unseen_are_refused(tmp_path, option, value):
     """An optimizer asks no rate of a group that is added to it, and NaN is less than nothing."""
     with pytest.raises(ValueError, match=rf"`{option}` must.*got"):
         settings(tmp_path, **{option: value})
+
+
+def test_budgets_that_nothing_keeps_are_refused(tmp_path):
+    """Shares that are none, no sensitivity to use it at, routers that learn otherwise, and less than the smallest expert."""
+    for share in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"`active_fraction`={share} must be above 0"):
+            settings(tmp_path, active_fraction=share, sensitivity=0.5)
+    with pytest.raises(ValueError, match=r"`active_fraction`=0\.5 is a budget at one `sensitivity`"):
+        settings(tmp_path, active_fraction=0.5)
+    with pytest.raises(ValueError, match=r"needs `straight_through=True`.*got False"):
+        settings(tmp_path, active_fraction=0.5, sensitivity=0.5, straight_through=False)
+    with pytest.raises(ValueError, match=r"at least the share of the smallest expert.*ordinal routers"):
+        tiny_trainer(tmp_path, active_fraction=0.05, sensitivity=0.5, straight_through=True)
+    with pytest.raises(ValueError, match=r"`active_fraction`=0\.5 is for ordinal routers.*classifier"):
+        tiny_trainer(tmp_path, model=nested("classifier"), active_fraction=0.5, sensitivity=0.5, straight_through=True)
 
 
 @pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"])
