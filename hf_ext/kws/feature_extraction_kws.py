@@ -118,7 +118,13 @@ class KwsFeatureExtractor(SequenceFeatureExtractor):
         padding_value: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        sampling_rate = check_sampling_rate(sampling_rate)
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+        if self.padding_side != "right":
+            # The models take the frames that the mask counts from the beginning on.
+            raise ValueError(
+                f"`padding_side` must be 'right', where the models expect padding, got {self.padding_side!r}."
+            )
         if feature_type not in ("log_mel", "fbank"):
             raise ValueError(f"`feature_type` must be 'log_mel' or 'fbank', got {feature_type!r}.")
         for name, value in {"win_length": win_length, "hop_length": hop_length, "feature_size": feature_size}.items():
@@ -126,7 +132,7 @@ class KwsFeatureExtractor(SequenceFeatureExtractor):
                 raise ValueError(f"`{name}` must be at least 1, and an integer, got {value!r}.")
         if hop_length > win_length:
             raise ValueError(f"`hop_length` ({hop_length}) leaves samples out between windows of {win_length}.")
-        if mel_floor is not None and mel_floor <= 0:
+        if mel_floor is not None and not mel_floor > 0:
             raise ValueError(f"`mel_floor` must be positive, got {mel_floor}.")
         highest = sampling_rate / 2 if f_max is None else f_max
         if not 0 <= f_min < highest <= sampling_rate / 2:
@@ -134,6 +140,8 @@ class KwsFeatureExtractor(SequenceFeatureExtractor):
                 f"`f_min` ({f_min}) and `f_max` ({f_max}) must be a range within 0 to half the sampling rate, "
                 f"{sampling_rate / 2}."
             )
+        # Arrays and tensors could not be saved.
+        mean, std = (None if figures is None else [float(value) for value in figures] for figures in (mean, std))
         for name, figures in {"mean": mean, "std": std}.items():
             if figures is not None and len(figures) != feature_size:
                 raise ValueError(f"`{name}` has {len(figures)} values for {feature_size} channels (`feature_size`).")
@@ -149,8 +157,8 @@ class KwsFeatureExtractor(SequenceFeatureExtractor):
         self.f_min = f_min
         self.f_max = f_max
         self.mel_floor = mel_floor
-        self.mean = None if mean is None else list(mean)
-        self.std = None if std is None else list(std)
+        self.mean = mean
+        self.std = std
 
         kaldi = feature_type == "fbank"
         self.fft_length = 1 << (win_length - 1).bit_length()

@@ -257,6 +257,10 @@ class TestBadInput:
             ({"mean": [np.nan] * 80}, "`mean` has values that are NaN or infinite"),
             ({"std": [1.0] * 79 + [0.0]}, "`std` must be positive in each channel, got 0.0"),
             ({"mel_floor": 0.0}, "`mel_floor` must be positive"),
+            ({"mel_floor": float("nan")}, "`mel_floor` must be positive, got nan"),
+            ({"sampling_rate": 0}, "`sampling_rate` must be a positive number of hertz, got 0"),
+            ({"sampling_rate": "16000"}, "`sampling_rate` must be a positive number of hertz, got '16000'"),
+            ({"padding_side": "left"}, "`padding_side` must be 'right'"),
         ],
     )
     def test_settings_are_refused_by_name(self, settings, message):
@@ -283,6 +287,14 @@ def test_statistics_normalise_each_channel():
     mean, std = plain[0].mean(0), plain[0].std(0)
     extractor = KwsFeatureExtractor(mean=mean.tolist(), std=std.tolist())
     torch.testing.assert_close(features_of(extractor, noise()), (plain - mean) / std)
+
+
+@pytest.mark.parametrize("as_type", [np.float32, torch.tensor])
+def test_statistics_may_be_arrays_and_are_saved_as_lists(as_type, tmp_path):
+    mean, std = [0.5] * 80, [2.0] * 80
+    KwsFeatureExtractor(mean=as_type(mean), std=as_type(std)).save_pretrained(tmp_path)
+    loaded = KwsFeatureExtractor.from_pretrained(tmp_path)
+    assert (loaded.mean, loaded.std) == (mean, std)
 
 
 def test_normalized_to_clips_has_their_mean_and_deviation(tmp_path):
