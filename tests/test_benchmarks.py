@@ -124,7 +124,7 @@ def test_acceptance_writes_its_tables(folders, tmp_path, monkeypatch):
     [
         (
             "tradeoff",
-            ("--only", "routed", "routed 0.65", "nearness", "fixed 0.5", "random"),
+            ("--only", "routed", "routed 0.65", "budget 0.5", "nearness", "fixed 0.5", "random"),
             ["Perplexity at", "The knob"],
         ),
         ("ablations", ("--only", "reference", "for one sensitivity", "8 experts"), ["Perplexity at"]),

@@ -5,9 +5,9 @@ fine-tuned, all trained on the same tokens with the same losses.
     python -m benchmarks.dynamoe.tradeoff --model path/to/stories260k --steps 300 --seeds 0 1 2
 
 The text is the model's own (temperature 0.8), made once beside the results and not committed. `routed` is one fine-tune for
-all sensitivities; `routed 0.65` is one for that sensitivity alone, as in the paper's table. Their routers learn from the loss of
-the routed model, those of `nearness` from the measured nearness alone, as in the paper. `fixed 0.5` is an MLP cut to half its
-neurons, and `elastic` one fine-tune for all widths without routers; `random` sends tokens to experts without regard to them, at
+all sensitivities; `routed 0.65` is one for that sensitivity alone, as in the paper's table, and `budget 0.5` one for that share
+of the MLPs. Their routers learn from the loss of the routed model, those of `nearness` from the measured nearness alone, as in the
+paper. `fixed 0.5` is an MLP cut to half its neurons, and `elastic` one fine-tune for all widths without routers; `random` sends tokens to experts without regard to them, at
 all shares. Every run is a row that is written as it ends; a second call does only what is missing, and runs of different
 `--seeds` may go side by side.
 """
@@ -34,9 +34,13 @@ from hf_ext import DynaMoeTrainer, DynaMoeTrainingConfig, convert_to_dynamoe, ge
 
 
 SENSITIVITIES = (0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+# Whose tokens go through routers.
+ROUTED = ("routed", "budget", "nearness")
 SHARES = (0.4, 0.5, 0.6, 0.75, 0.9)
 # Mean share of the MLPs that the paper's figures imply at these sensitivities.
 IMPLIED = {0.9: 0.78, 0.8: 0.62, 0.7: 0.53}
+# What routers that are trained for a share are asked with.
+BUDGET_SENSITIVITY = 0.7
 # Two-sided 95 % of Student's t for two to five seeds.
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
@@ -67,6 +71,7 @@ class Arguments:
     router_learning_rate: float = field(default=1e-2, metadata={"help": "Of the routers."})
     budget_weight: float = field(default=10.0, metadata={"help": "See DynaMoeTrainingConfig."})
     router_noise: float = field(default=1.0, metadata={"help": "See DynaMoeTrainingConfig."})
+    bf16: bool = field(default=False, metadata={"help": "Train in bfloat16; what is measured is in float32."})
     threads: int | None = field(default=None, metadata={"help": "Threads; by default one for a small model."})
     results_dir: str | None = field(default=None, metadata={"help": "Where to write."})
 
@@ -114,7 +119,8 @@ def train(args: Arguments, contender: str, seed: int, rows: list[list[int]], **c
     """The trained model; `changes` are of the trainer's settings."""
     kind, _, value = contender.partition(" ")
     moe = convert(args, rows, float(value) if kind == "fixed" else None)
-    routed = kind in ("routed", "nearness")
+    routed = kind in ROUTED
+    sensitivity = BUDGET_SENSITIVITY if kind == "budget" else float(value) if routed and value else None
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "output_dir": folder,
@@ -127,20 +133,21 @@ def train(args: Arguments, contender: str, seed: int, rows: list[list[int]], **c
             "weight_decay": 0.0,
             "adam_beta2": 0.95,
             "distillation_weight": 1.0,
-            "sensitivity": float(value) if routed and value else None,
+            "sensitivity": sensitivity,
+            "active_fraction": float(value) if kind == "budget" else None,
             "min_sensitivity": 0.4,
             "router_steps": 20 if routed else 0,
             # Routers that learn nearness have to be good before they decide.
             "label_forcing_ratio": 0.5 if kind == "nearness" else 0.1,
             "label_forcing": 0.1 if kind == "nearness" else 0.0,
-            "straight_through": kind == "routed",
+            "straight_through": kind in ("routed", "budget"),
             "budget_weight": args.budget_weight,
             "router_noise": args.router_noise,
             "max_length": args.length,
             "logging_steps": 50,
             "save_strategy": "no",
             "report_to": "none",
-            "bf16": False,
+            "bf16": args.bf16,
             "use_cpu": not torch.cuda.is_available(),
             "seed": seed,
         }
@@ -159,9 +166,11 @@ def train(args: Arguments, contender: str, seed: int, rows: list[list[int]], **c
 def measured(moe: Any, contender: str, test: list[list[int]]) -> list[dict[str, float]]:
     """Points of a contender's curve: setting, share of the MLPs, perplexity."""
     kind, _, value = contender.partition(" ")
-    if kind in ("routed", "nearness") and value:
+    if kind == "budget":
+        points = [(BUDGET_SENSITIVITY, perplexity(moe, test, sensitivity=BUDGET_SENSITIVITY))]
+    elif kind in ROUTED and value:
         points = [(float(value), perplexity(moe, test, sensitivity=float(value)))]
-    elif kind in ("routed", "nearness"):
+    elif kind in ROUTED:
         points = [(s, perplexity(moe, test, sensitivity=s)) for s in SENSITIVITIES]
     elif kind == "random":
         points = [(s, perplexity(moe, test, random_share=s)) for s in (*SHARES, 1.0)]
@@ -227,8 +236,8 @@ def tables(rows: list[dict[str, Any]], dense_before: float) -> tuple[list[Table]
     lead = f"Perplexity of the dense model before: {dense_before:.3f}."
     half = {name: [at_share(points, 0.5) for points in by_seed.values()] for name, by_seed in curves.items()}
     means = {n: statistics.mean(v) for n, values in half.items() if (v := [x for x in values if x is not None])}
-    routed = {n: m for n, m in means.items() if n.startswith("routed")}
-    others = {n: m for n, m in means.items() if not n.startswith("routed")}
+    routed = {n: m for n, m in means.items() if n.startswith(("routed", "budget"))}
+    others = {n: m for n, m in means.items() if n not in routed}
     if routed and others:
         best = min(routed, key=routed.__getitem__)
         against = ", ".join(f"{100 * (1 - routed[best] / m):+.1f} % against {n}" for n, m in others.items())
