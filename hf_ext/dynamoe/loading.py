@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 class CheckedLoading:
     """`from_pretrained` for a model that must not be run with weights other than its own."""
 
+    # Named as transformers names them: adapters are loaded by keywords.
     @staticmethod
     def _load_pretrained_model(
-        model: Any, state_dict: Any, files: Any, load_config: Any, expected_keys: Any = None
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
     ) -> Any:
-        with files_named(files):
-            loaded = PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config, expected_keys)
+        with files_named(checkpoint_files):
+            loaded = PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
         if expected_keys is None:  # else it is an adapter that is put onto the model
             refuse_other_weights(model, loaded[0], load_config.ignore_mismatched_sizes)
         return loaded

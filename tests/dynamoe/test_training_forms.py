@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch._dynamo.testing import CompileCounter
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from dynamoe.models import random_ids, spread_routers, tiny_moe
@@ -194,6 +194,21 @@ def test_routers_are_saved_with_an_adapter(tmp_path):
         for out in (loaded(input_ids=ids, **options), model.merge_and_unload()(ids, **options)):
             assert torch.equal(out.expert_index, expected.expert_index)
             torch.testing.assert_close(out.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_transformers_own_is_saved_and_loaded(tmp_path):
+    """`add_adapter`, `save_pretrained` and `load_adapter`, and a folder of adapters alone by the Auto class."""
+    bare, ids = tiny_moe(), random_ids(2, 9)
+    bare.save_pretrained(tmp_path / "moe")
+    moe = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    moe.add_adapter(LoraConfig(r=2, target_modules=GATED, task_type="CAUSAL_LM"))
+    randomised(moe)
+    moe.save_pretrained(tmp_path / "adapter")
+    bare.load_adapter(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        expected = moe(ids, sensitivity=0.5).logits
+        for loaded in (bare, AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")):
+            torch.testing.assert_close(loaded(ids, sensitivity=0.5).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_whole_mlps_cannot_be_trained_beside_their_originals():
