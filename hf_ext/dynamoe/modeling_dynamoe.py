@@ -357,6 +357,8 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         return sum(running) - idle.sum(0)
 
     def _count(self, expert_index: torch.Tensor, token_mask: torch.Tensor | None) -> None:
+        if len(expert_index) != len(self._usage):  # the first layers alone, which only guess what all of them will say
+            return
         # Where the tokens are: a look at the sums is the first thing that waits for them.
         taken = expert_index[..., None] == torch.arange(self.config.num_experts, device=expert_index.device)
         if token_mask is not None:

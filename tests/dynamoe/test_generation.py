@@ -122,6 +122,21 @@ def test_the_arguments_of_a_call_are_not_the_assistants():
     assert drafter.expert_usage().shares[:, 0].eq(1).all()
 
 
+@pytest.mark.usefixtures("quiet_assistant")
+@pytest.mark.parametrize("exit_layer", [1, 2])
+def test_a_model_that_guesses_by_its_first_layers(exit_layer):
+    """The same text; what was only guessed is not counted, and the next call has all layers."""
+    moe, ids = tiny_moe(num_hidden_layers=3), random_ids(1, 8)
+    moe.set_sensitivity(0.5)
+    expected = greedy(moe, ids)
+    moe.expert_usage(reset=True)
+    assert torch.equal(greedy(moe, ids, assistant_early_exit=exit_layer), expected)
+    usage = moe.expert_usage()
+    assert usage.shares.shape == (3, 3) and 8 + 7 <= usage.num_tokens < 8 + 4 * 7
+    moe.expert_usage(reset=True)
+    assert torch.equal(greedy(moe, ids), expected) and moe.expert_usage().num_tokens == 8 + 7
+
+
 def test_a_prompt_of_embeddings_generates_the_same():
     moe, ids = tiny_moe(), random_ids(2, 6)
     moe.set_sensitivity(0.5)
