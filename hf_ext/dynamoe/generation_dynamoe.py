@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import GenerationMixin
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 
 class DynaMoeGenerationMixin(GenerationMixin):
@@ -26,6 +28,15 @@ class DynaMoeGenerationMixin(GenerationMixin):
             # Caches of fixed size get a mask of four dimensions, which doesn't tell padding.
             inputs["token_mask"] = attention_mask[:, -given.shape[1] :]
         return inputs
+
+    def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        own = {name: value for name, value in (model_kwargs or {}).items() if name in ("sensitivity", "expert_index")}
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is self:
+                # Guidance runs the model once more, by itself.
+                processor.model = partial(self, **own)
+        return processors
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         # Else the assistant would get them too: it may be dense, or nested with a sensitivity of its own.

@@ -137,6 +137,20 @@ def test_a_model_that_guesses_by_its_first_layers(exit_layer):
     assert torch.equal(greedy(moe, ids), expected) and moe.expert_usage().num_tokens == 8 + 7
 
 
+def test_guidance_runs_as_the_call_does():
+    """Its pass without the prompt has the sensitivity or the expert of the call, and of each row."""
+    moe, ids = tiny_moe(), random_ids(2, 6)
+    expected = {}
+    for value, call in ((0.0, {"expert_index": 0}), (0.5, {"sensitivity": 0.5})):
+        by_call = greedy(moe, ids, guidance_scale=3.0, **call)
+        moe.set_sensitivity(value)
+        expected[value] = greedy(moe, ids, guidance_scale=3.0)
+        moe.set_sensitivity(1.0)
+        assert torch.equal(by_call, expected[value])
+    by_row = greedy(moe, ids, guidance_scale=3.0, sensitivity=torch.tensor([0.0, 0.5]))
+    assert torch.equal(by_row, torch.stack([expected[0.0][0], expected[0.5][1]]))
+
+
 def test_a_prompt_of_embeddings_generates_the_same():
     moe, ids = tiny_moe(), random_ids(2, 6)
     moe.set_sensitivity(0.5)
