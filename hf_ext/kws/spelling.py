@@ -8,13 +8,26 @@ from typing import Any
 from hf_ext._extras import missing_extra
 
 
-_SYMBOLS = {"&": " and ", "%": " percent ", "@": " at ", "+": " plus ", "°": " degrees "}
-# Signs that Unicode takes apart into letters or digits that nobody says.
-_SIGNS = {"™": "", "℠": "", "№": " number ", "½": " one half ", "¼": " one quarter ", "¾": " three quarters "}
+_SYMBOLS = {
+    "&": " and ", "%": " percent ", "@": " at ", "+": " plus ", "=": " equals ", "×": " times ", "÷": " divided by ",
+    "°": " degrees ", "¢": " cents ",
+}  # fmt: skip
+# Signs that Unicode takes apart into letters that nobody says.
+_SIGNS = {"™": "", "℠": "", "№": " number "}
+_POWERS = {"²": " squared ", "³": " cubed "}
+_PARTS = {"2": "half", "4": "quarter"}
 # Latin letters that Unicode does not take apart into a letter and a mark.
 _LATIN = {"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "ł": "l", "ı": "i"}
 _ABBREVIATIONS = {"i.e.": "that is", "e.g.": "for example"}
-_CURRENCIES = {"$": ("dollar", "cent"), "€": ("euro", "cent"), "£": ("pound", "penny")}
+# One and several, and their hundredths.
+_CURRENCIES = {
+    "$": ("dollar", "dollars", "cent", "cents"),
+    "€": ("euro", "euros", "cent", "cents"),
+    "£": ("pound", "pounds", "penny", "pence"),
+    "¥": ("yen", "yen", "sen", "sen"),
+    "₹": ("rupee", "rupees", "paisa", "paise"),
+}
+_CURRENCY = f"[{''.join(_CURRENCIES)}]"
 # Digits of the largest amount that is read as one.
 _LONGEST_NUMBER = 12
 _DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -49,6 +62,9 @@ def spell_out(text: str) -> list[str]:
     original = text
     for sign, name in _SIGNS.items():
         text = text.replace(sign, name)
+    # Unicode takes these apart into digits like any: "10²" would be 102, and "2½" 21 and 2.
+    text = re.sub("[²³¹⁰⁴-⁹]+", lambda match: _POWERS.get(match[0], f" to the power of {match[0]} "), text)
+    text = re.sub(r"(\d ?)?([¼-¾⅐-⅞])", _fraction, text)
     # What Unicode takes apart may be in upper case, as the C of "℃".
     text = unicodedata.normalize("NFKD", text.replace("’", "'")).casefold()
     text = "".join(_LATIN.get(char, char) for char in text if unicodedata.category(char) != "Mn")
@@ -71,22 +87,31 @@ def _numbers_as_words(text: str) -> str:
     if not re.search(r"\d", text):
         return text
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
-    text = re.sub(r"(?<![$€£\d.])(\d+(?:\.\d\d)?) ?([$€£])(?! ?\d)", r"\2\1", text)
-    text = re.sub(r"([$€£]) ?(\d+)(?:\.(\d\d))?(?![\d.]*\d)", _money, text)
+    text = re.sub(rf"(?<!{_CURRENCY})(?<![\d.])(\d+(?:\.\d\d)?) ?({_CURRENCY})(?! ?\d)", r"\2\1", text)
+    text = re.sub(rf"({_CURRENCY}) ?(\d+)(?:\.(\d\d))?(?![\d.]*\d)", _money, text)
+    # Letter by letter: "am" by itself is a word.
+    text = re.sub(r"(?<=\d)(?::00)? ?([ap])(?:m\b|\.m\.)", r" \1.m. ", text)
     text = re.sub(r"\b(\d{1,2}):([0-5]\d)\b", _time_of_day, text)
     text = re.sub(r"(?<![\w.])-(?=\d)", " minus ", text)
     text = re.sub(r"(\d+)((?:st|nd|rd|th)\b)", _ordinal, text)
     text = re.sub(r"(?<![\d.])(\d+)'?s\b", lambda match: f" {_several(_cardinal(match[1]))} ", text)
-    text = re.sub(r"(\d+)?\.(\d+)", lambda m: f" {m[1] or 0} point {' '.join(_digits(m[2]))} ", text)
+    text = re.sub(r"(?<!\d)(?=\.\d)", "0", text)
+    text = re.sub(r"\.(\d+)", lambda match: f" point {' '.join(_digits(match[1]))} ", text)
     return re.sub(r"\d+", lambda match: f" {_cardinal(match[0])} ", text)
 
 
+def _fraction(match: re.Match[str]) -> str:
+    above, below = unicodedata.normalize("NFKD", match[2]).split("⁄")
+    part = _PARTS.get(below) or _inflect().number_to_words(_inflect().ordinal(below))
+    whole = f"{match[1]} and" if match[1] else ""
+    return f"{whole} {above} {part}{'' if above == '1' else 's'} "
+
+
 def _money(match: re.Match[str]) -> str:
-    unit, cent = _CURRENCIES[match[1]]
+    unit, units, cent, cents = _CURRENCIES[match[1]]
     whole, part = int(match[2]), int(match[3] or 0)
-    amounts = [f"{match[2]} {unit}{'' if whole == 1 else 's'}"] if whole or not part else []
+    amounts = [f"{match[2]} {unit if whole == 1 else units}"] if whole or not part else []
     if part:
-        cents = "pence" if cent == "penny" else "cents"
         amounts.append(f"{part} {cent if part == 1 else cents}")
     return f" {' '.join(amounts)} "
 
