@@ -189,7 +189,7 @@ def _weights() -> dict[str, np.ndarray]:
 
 @lru_cache(maxsize=4096)
 def _guess(word: str) -> Pronunciation:
-    """g2p_en's network: a GRU reads the letters, another writes at most 20 phonemes."""
+    """g2p_en's network: a GRU reads the letters, another writes phonemes until it ends the word."""
     weights = _weights()
     letters = ["<pad>", "<unk>", "</s>", *"abcdefghijklmnopqrstuvwxyz"]
     state = np.zeros(weights["enc_w_hh"].shape[1], dtype=np.float32)
@@ -198,7 +198,8 @@ def _guess(word: str) -> Pronunciation:
         state = _gru_step(weights["enc_emb"][index], state, weights, "enc")
     phonemes = []
     symbol = SYMBOLS.index("<s>")
-    for _ in range(20):
+    # g2p_en stops after 20, in the middle of a long word; a word has hardly more phonemes than letters.
+    for _ in range(max(20, len(word))):
         state = _gru_step(weights["dec_emb"][symbol], state, weights, "dec")
         symbol = int(np.argmax(weights["fc_w"] @ state + weights["fc_b"]))
         if SYMBOLS[symbol] == "</s>":

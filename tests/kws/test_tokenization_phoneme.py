@@ -72,6 +72,13 @@ def test_results_are_those_of_g2p_en(tokenizer):
     assert [phonemes_of(tokenizer, text) for text in texts] == expected
 
 
+def test_a_long_unknown_word_is_guessed_to_its_end(tokenizer):
+    # g2p_en stops behind 20 phonemes, wherever the word is then.
+    phonemes = tokenizer.tokenize("pneumonoultramicroscopicsilicovolcanoconiosis")
+    assert len(phonemes) == 21 and phonemes[-1] == "Z"
+    assert len(tokenizer.tokenize("qa" * 500)) <= 1000
+
+
 def test_no_network_and_nothing_printed():
     code = """
         import socket
