@@ -94,7 +94,7 @@ def read_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> torch.Tens
         soundfile = _soundfile()
         content = audio.get("bytes") if isinstance(audio, Mapping) else None
         path = audio.get("path") if isinstance(audio, Mapping) else os.fspath(audio)
-        name = str(path)
+        name = "bytes" if path is None else str(path)
         if not content and path is None:
             raise ValueError("The `audio` of the row has neither `path` nor `bytes`.")
         try:
@@ -105,7 +105,9 @@ def read_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> torch.Tens
                 samples = file.read(count, dtype="float32")
         except soundfile.LibsndfileError as error:
             raise ValueError(f"The audio {name} can't be read: {error}") from error
-    mono = to_mono_float(samples, -1 if samples.ndim == 2 else None, name=f"{name} from {start or 0} s to {end} s")
+    if start or end is not None:
+        name = f"{name} from {start or 0} s to {'its end' if end is None else f'{end} s'}"
+    mono = to_mono_float(samples, -1 if samples.ndim == 2 else None, name=name)
     return resample(mono, rate, sampling_rate)
 
 

@@ -165,9 +165,29 @@ def test_audio_comes_from_files_bytes_and_arrays(tmp_path):
     np.testing.assert_allclose(read_audio({"audio": Decoder()}), wave)
     with pytest.raises(ValueError, match="is empty"):
         read_audio({"audio": path, "start": 3.0, "end": 4.0})
+    with pytest.raises(ValueError, match=r"a\.wav from 0\.75 s to its end"):
+        soundfile.write(path, np.full(16000, np.nan), 16000, subtype="FLOAT")
+        read_audio({"audio": path, "start": 0.75})
     (tmp_path / "b.wav").write_bytes(b"no audio")
     with pytest.raises(ValueError, match=r"b\.wav can't be read"):
         read_audio({"audio": str(tmp_path / "b.wav")})
+
+
+@pytest.mark.parametrize(
+    ("samples", "problem"),
+    [([], "is empty"), ([0.0, np.nan], "has 1 samples that are NaN"), ([0.0, -np.inf], "has 1 samples that are NaN")],
+)
+def test_a_whole_clip_that_is_refused_is_named_without_times(tmp_path, samples, problem):
+    samples = np.array(samples, dtype=np.float32)
+    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
+    content = (tmp_path / "a.wav").read_bytes()
+    for audio, name in (
+        (tmp_path / "a.wav", "a.wav"),
+        ({"path": None, "bytes": content}, "`bytes"),
+        ({"array": samples, "sampling_rate": 16000}, "`array"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}` {problem}"):
+            read_audio({"audio": audio})
 
 
 def test_folder_of_clips_is_read(tmp_path):
