@@ -329,7 +329,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
             nearness (`torch.Tensor` of shape `(..., num_experts - 1)`):
                 The `nearness` of a call.
             sensitivity (`float` or `torch.Tensor` that broadcasts to `(...)`):
-                Nearness demanded; 1 is met by the whole MLP alone.
+                Nearness demanded; 0 is met by every expert, and 1 by the whole MLP alone.
 
         Returns:
             `torch.LongTensor` of shape `(...)`.

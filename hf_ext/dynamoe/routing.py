@@ -53,17 +53,18 @@ def smallest_sufficient(nearness: torch.Tensor, sensitivity: float | torch.Tenso
         nearness (`torch.Tensor` of shape `(..., num_experts - 1)`):
             Measured or predicted nearness of all experts but the last, which is the whole MLP and always sufficient.
         sensitivity (`float` or `torch.Tensor` that broadcasts to `(...)`):
-            Nearness demanded; 1 is met by the whole MLP alone.
+            Nearness demanded; 0 is met by every expert, and 1 by the whole MLP alone.
 
     Returns:
         `torch.LongTensor` of shape `(...)`.
     """
-    # A projection can exceed 1, and yet full sensitivity means the whole MLP.
+    # Nearness can exceed 1, and yet full sensitivity means the whole MLP; and be below 0, where no sensitivity demands nothing.
     if isinstance(sensitivity, torch.Tensor):
         sensitivity = sensitivity.to(nearness)[..., None]
-        sufficient = (nearness >= sensitivity) & (sensitivity < 1)
+        sufficient = ((nearness >= sensitivity) | (sensitivity <= 0)) & (sensitivity < 1)
     else:  # stays a number: as a tensor it would be a constant of a compiled graph, which each value makes anew
-        sufficient = nearness >= (sensitivity if sensitivity < 1 else math.inf)
+        demanded = math.inf if sensitivity >= 1 else sensitivity if sensitivity > 0 else -math.inf
+        sufficient = nearness >= demanded
     # Nearness need not ascend: the first sufficient expert counts, whatever a larger one does.
     return (sufficient.cumsum(-1) == 0).sum(-1)
 

@@ -76,10 +76,22 @@ def test_labels_grow_with_the_sensitivity():
         out = watched(moe, ids, sensitivity=sensitivity, forcing_mask=everyone)[1]
         label = out.expert_index[0]
         near = reference.nearness[0]
-        smallest = torch.where(near[..., 0] >= sensitivity, 0, torch.where(near[..., 1] >= sensitivity, 1, 2))
+        smallest = torch.where(near[..., 0] >= sensitivity, 0, torch.where(near[..., 1] >= sensitivity, 1, 2)) * (
+            sensitivity > 0
+        )
         assert torch.equal(label, smallest if sensitivity < 1 else torch.full_like(label, 2))
         assert last is None or (label >= last).all()
         last = label
+
+
+@pytest.mark.parametrize("similarity", ["error", "projection", "cosine"])
+def test_labels_at_no_sensitivity_are_the_smallest_expert(similarity):
+    """Also where a slice of the neurons is farther from the whole MLP than nothing is."""
+    moe, ids = tiny_moe(similarity=similarity), random_ids(2, 20)
+    nearness = moe(ids, output_nearness=True).nearness
+    assert (nearness < 0).any()
+    for sensitivity in (0.0, torch.zeros(2, 1)):
+        assert not moe.labels(nearness, sensitivity).any()
 
 
 def test_choices_grow_with_the_sensitivity():
