@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_ext._extras import missing_extra
 from hf_ext.kws.audio_input import check_sampling_rate, resample, to_mono_float
-from hf_ext.kws.g2p import check_phonemes
+from hf_ext.kws.g2p import check_phonemes, pronunciations
 
 
 # The program that has to be there, and the Debian packages that bring it and its voices.
@@ -115,6 +115,9 @@ def plan_clips(
     phrases = list(dict.fromkeys(phrases))
     if not phrases:
         raise ValueError("`phrases` is empty: there is nothing to say.")
+    for phrase in phrases:
+        if not isinstance(phrase, str):
+            raise TypeError(f"`phrases` must be strings, got {phrase!r}.")
     if clips_per_phrase < 1:
         raise ValueError(f"`clips_per_phrase` must be at least 1, got {clips_per_phrase}.")
     for name, (least, most) in {"speeds": speeds, "pitches": pitches}.items():
@@ -180,7 +183,8 @@ def synthesize_phrases(
 
     Raises:
         FileNotFoundError: if an engine is not installed; it names the package.
-        ValueError: if there is no phrase, one has no pronounceable character, or an argument is out of its range.
+        ValueError: if there is no phrase, one has no pronounceable character or one that is not Latin, an argument is out of
+            its range, or the folder has a `metadata.csv` of something else.
         TypeError: for one text in place of a list.
         RuntimeError: if a synthesiser fails; clips that are done stay.
 
@@ -200,11 +204,13 @@ def synthesize_phrases(
     if num_proc < 1:
         raise ValueError(f"`num_proc` must be at least 1, got {num_proc}.")
     clips = list(dict.fromkeys(plan_clips(phrases, clips_per_phrase, engines, speeds, pitches, seed)))
-    silent = [clip.text for clip in clips if not re.search(r"\w", clip.text)]
-    if silent:
-        raise ValueError(f"Nothing in the phrase {silent[0]!r} can be spoken: write it in letters or digits.")
+    # Synthesisers say something of anything, or nothing: what no model could be asked for is refused before they begin.
+    for phrase in dict.fromkeys(clip.text for clip in clips):
+        if not pronunciations(phrase, {}, limit=1):
+            raise ValueError(f"Nothing in the phrase {phrase!r} can be spoken: write it in letters or digits.")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    _read_metadata(folder)
     missing = [clip for clip in clips if not (folder / clip.file_name).exists()]
     left = set(missing)
     there = next((folder / clip.file_name for clip in clips if clip not in left), None)
@@ -331,13 +337,24 @@ def _speak(clip: SpokenClip, folder: Path, rate: int) -> None:
         os.replace(partial, target)
 
 
+def _read_metadata(folder: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """The columns of the folder, those of others too, and its rows by their files."""
+    path = folder / "metadata.csv"
+    if not path.exists():
+        return list(_COLUMNS), {}
+    # Spreadsheets put a mark before the first column.
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        rows, columns = list(reader), list(reader.fieldnames or ())
+    if "file_name" not in columns:
+        raise ValueError(f"`output_dir`: {path} is there and has no column file_name: choose another folder.")
+    return list(dict.fromkeys([*_COLUMNS, *columns])), {row["file_name"]: row for row in rows}
+
+
 def _write_metadata(folder: Path, clips: list[SpokenClip]) -> None:
     soundfile = _soundfile()
     path = folder / "metadata.csv"
-    rows: dict[str, dict[str, Any]] = {}
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = {row["file_name"]: row for row in csv.DictReader(file)}
+    columns, rows = _read_metadata(folder)
     for clip in clips:
         rows[clip.file_name] = {
             "file_name": clip.file_name,
@@ -350,7 +367,8 @@ def _write_metadata(folder: Path, clips: list[SpokenClip]) -> None:
         }
     partial = path.with_name("metadata.csv.partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
+        # A row that is too long has a column `None`.
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows.values())
     os.replace(partial, path)

@@ -115,6 +115,24 @@ def test_interrupted_run_goes_on_and_a_folder_grows(tmp_path, monkeypatch):
     assert sorted(row["text"] for row in rows_of(tmp_path)) == ["one", "one", "three", "three", "two", "two"]
 
 
+@needs_any
+def test_a_folder_with_recordings_of_its_own_keeps_them_and_their_columns(tmp_path):
+    # As a spreadsheet saves it.
+    (tmp_path / "metadata.csv").write_text("file_name,text,licence\nown.wav,stop,CC0\n", encoding="utf-8-sig")
+    synthesize_phrases(["yes"], tmp_path, clips_per_phrase=1, disable_tqdm=True)
+    own, spoken = rows_of(tmp_path)
+    assert (own["file_name"], own["text"], own["licence"], own["engine"]) == ("own.wav", "stop", "CC0", "")
+    assert (spoken["text"], spoken["licence"]) == ("yes", "")
+
+
+def test_a_metadata_of_something_else_is_refused_before_anything_is_spoken(monkeypatch, tmp_path):
+    monkeypatch.setattr(synthesis, "installed_engines", lambda: ["flite"])
+    monkeypatch.setattr(synthesis, "_speak", lambda *arguments: pytest.fail("spoken"))
+    (tmp_path / "metadata.csv").write_text("path,transcript\nown.wav,stop\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv.* has no column file_name"):
+        synthesize_phrases(["yes"], tmp_path, disable_tqdm=True)
+
+
 def test_plan_is_seeded_and_varied(monkeypatch):
     monkeypatch.setattr(synthesis, "installed_engines", lambda: ["espeak-ng", "flite"])
     plan = plan_clips(["yes", "no"], clips_per_phrase=30)
@@ -137,7 +155,8 @@ def test_missing_engine_names_its_package(monkeypatch):
 
 
 def test_bad_input_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(synthesis, "installed_engines", lambda: ["flite"])
+    monkeypatch.setattr(synthesis, "installed_engines", lambda: ["flite", "espeak-ng"])
+    monkeypatch.setattr(synthesis, "_speak", lambda *arguments: pytest.fail("spoken"))
     with pytest.raises(ValueError, match="`phrases` is empty"):
         plan_clips([])
     with pytest.raises(TypeError, match="must be a list of phrases, got the one text 'yes'"):
@@ -147,11 +166,19 @@ def test_bad_input_is_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="`speeds` must be a range"):
         plan_clips(["yes"], speeds=(0.1, 1.0))
     with pytest.raises(ValueError, match="espeak-ng and mbrola alone"):
-        plan_clips(["{HH EY1}"])
+        plan_clips(["{HH EY1}"], engines=["flite"])
     with pytest.raises(ValueError, match="`clips_per_phrase` must be at least 1"):
         plan_clips(["yes"], clips_per_phrase=0)
-    with pytest.raises(ValueError, match="can be spoken"):
-        synthesize_phrases(["!?"], tmp_path)
+    for phrase, problem in [
+        ("!?", "Nothing in the phrase '!\\?' can be spoken"),
+        ("___", "Nothing in the phrase '___' can be spoken"),
+        ("привет", "not Latin"),
+        ("{XX} on", "unknown symbols"),
+    ]:
+        with pytest.raises(ValueError, match=problem):
+            synthesize_phrases(["yes", phrase], tmp_path, engines=["espeak-ng"])
+    with pytest.raises(TypeError, match="`phrases` must be strings, got 5"):
+        synthesize_phrases(["yes", 5], tmp_path)
     with pytest.raises(ValueError, match="`num_proc` must be at least 1"):
         synthesize_phrases(["yes"], tmp_path, num_proc=0)
 
