@@ -296,10 +296,13 @@ def _command(clip: SpokenClip, output: str) -> tuple[list[str], str]:
         return ["pico2wave", "-l", clip.voice, "-w", output, f"{levels}{escape(clip.text)}</pitch></speed>"], ""
     hertz = _FESTIVAL_PITCH * clip.pitch
     settings = (
-        f"(begin (voice_{clip.voice}) (Parameter.set 'Duration_Stretch {1 / clip.speed:g}) (set! int_lr_params "
-        f"'((target_f0_mean {hertz:g}) (target_f0_std 14) (model_f0_mean 170) (model_f0_std 34))))"
+        f"(Parameter.set 'Duration_Stretch {1 / clip.speed:g}) (set! int_lr_params "
+        f"'((target_f0_mean {hertz:g}) (target_f0_std 14) (model_f0_mean 170) (model_f0_std 34)))"
     )
-    return ["text2wave", "-o", output, "-eval", settings], clip.text
+    if clip.voice.endswith("_hts"):
+        # These go by none of the above.
+        settings = f'(set! hts_engine_params (append hts_engine_params \'(("-r" {clip.speed:g}))))'
+    return ["text2wave", "-o", output, "-eval", f"(begin (voice_{clip.voice}) {settings})"], clip.text
 
 
 def _espeak_phonemes(arpabet: str) -> str:
