@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoProcessor, TrainerCallback
@@ -31,6 +32,7 @@ from hf_ext.cli.kws_scores import check_clips
 from hf_ext.cli.loading import UNLOADABLE, chosen_device, suitable_threads
 from hf_ext.cli.options import DeviceOption, ThreadsOption
 from hf_ext.cli.report import Table, rich_table
+from hf_ext.kws.modeling_auto import MODEL_FOR_KEYWORD_SPOTTING_MAPPING
 
 
 # So many clips give the mean and the spread of each channel well enough.
@@ -125,14 +127,26 @@ def train(
     if resume and (not output_dir.is_dir() or get_last_checkpoint(str(output_dir)) is None):
         raise typer.BadParameter(f"--resume finds no checkpoint in {output_dir}: leave it out to start anew.")
     try:
-        rows = _utterances(data or [], words, words_file, clips_per_word, output_dir, seed)
-        kept, held_out, apart = (
-            (rows, load_utterances(eval_data), "") if eval_data else _split_off(rows, eval_clips, seed)
-        )
-        check_clips([*kept, *held_out])
-        spotter, processor = _model(model, model_type, setting or [], kept)
-        vocabulary = sorted({row["text"] for row in kept})
+        # What takes a moment is looked at before words are spoken, which takes long.
+        on_cpu = chosen_device(device) == "cpu"
+        if push_to_hub is not None:
+            validate_repo_id(push_to_hub)
+        spotter, processor = _model(model, model_type, setting or [])
+        has_table = hasattr(spotter, "build_phoneme_table")
+        if ctc_steps is None:
+            ctc_steps = steps // (2 if has_table else 4)
+        if has_table and model is None and not 0 < ctc_steps < steps:
+            raise ValueError(
+                f"--ctc-steps {ctc_steps} of --steps {steps}: a {model_type} model first learns phonemes, then makes its table of "
+                "them, and learns phrases in the steps that are left; both need some."
+            )
         augmenter = KwsAugmenter(_noises(noise)) if augment else None
+        given = load_utterances(eval_data) if eval_data else None
+        rows = _utterances(data or [], words, words_file, clips_per_word, output_dir, seed)
+        kept, held_out, apart = _split_off(rows, eval_clips, seed) if given is None else (rows, given, "")
+        check_clips([*kept, *held_out])
+        processor = processor or KwsProcessor(_normalising_extractor(kept, spotter.config.num_mel_bins))
+        vocabulary = sorted({row["text"] for row in kept})
         longest = getattr(spotter.config, "longest_phrase", None) or _USUAL_PHONEMES
         pairs = KwsPairDataset(kept, processor.tokenizer, augmenter=augmenter, max_phonemes=longest, seed=seed)
         eval_pairs = None
@@ -144,15 +158,6 @@ def train(
                 vocabulary=vocabulary,
                 max_phonemes=longest,
                 seed=seed,
-            )
-        on_cpu = chosen_device(device) == "cpu"
-        has_table = hasattr(spotter, "build_phoneme_table")
-        if ctc_steps is None:
-            ctc_steps = steps // (2 if has_table else 4)
-        if has_table and model is None and not 0 < ctc_steps < steps:
-            raise ValueError(
-                f"--ctc-steps {ctc_steps} of --steps {steps}: a {model_type} model first learns phonemes, then makes its table of "
-                "them, and learns phrases in the steps that are left; both need some."
             )
         args = KwsTrainingConfig(
             output_dir=str(output_dir),
@@ -202,7 +207,16 @@ def train(
         highlight=False,
     )
     if push_to_hub is not None:
-        console.print(f"Pushed to {trainer.push_to_hub()}")
+        _push(trainer, push_to_hub, console)
+
+
+def _push(trainer: Any, repository: str, console: Console) -> None:
+    try:
+        console.print(f"Pushed to {trainer.push_to_hub()}", markup=False)
+    except Exception as error:
+        # Whatever went wrong there, the training is done and the model is saved.
+        console.print(f"can't push the model to {repository}: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
 
 
 class _TableOfPhonemes(TrainerCallback):
@@ -284,21 +298,22 @@ def _split_off(rows: list[dict[str, Any]], count: int, seed: int) -> tuple[list[
     return kept, held_out, f"; {len(held_out):,} clips of {len(chosen):,} other phrases are kept apart"
 
 
-def _model(
-    name: str | None, model_type: str, settings: Sequence[str], rows: Sequence[Any]
-) -> tuple[Any, KwsProcessor]:
+def _model(name: str | None, model_type: str, settings: Sequence[str]) -> tuple[Any, KwsProcessor | None]:
+    """The model to train, and its processor if it has one already."""
     if name is not None:
         if settings:
             raise ValueError(f"--set {settings[0]} is for a new model, and --model {name} has its configuration.")
         return AutoModelForKeywordSpotting.from_pretrained(name), AutoProcessor.from_pretrained(name)
+    types = [config.model_type for config in MODEL_FOR_KEYWORD_SPOTTING_MAPPING]
+    if model_type not in types:
+        raise ValueError(f"--model-type {model_type}: there are {', '.join(types)}.")
     fields = dict(_setting(setting) for setting in settings)
     config = AutoConfig.for_model(model_type)
     unknown = sorted(set(fields) - set(config.to_dict()))
     if unknown:
         raise ValueError(f"--set {unknown[0]}: a {model_type} model has no such field of its configuration.")
     config = AutoConfig.for_model(model_type, **fields)
-    spotter = AutoModelForKeywordSpotting.from_config(config)
-    return spotter, KwsProcessor(_normalising_extractor(rows, config.num_mel_bins))
+    return AutoModelForKeywordSpotting.from_config(config), None
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -14,10 +14,11 @@ from hf_ext import (
     GatedConformerForKeywordDetection,
     KwsFeatureExtractor,
     KwsProcessor,
+    KwsTrainer,
     SlickConfig,
     SlickForKeywordSpotting,
 )
-from hf_ext.cli import app, demo_kws
+from hf_ext.cli import app, demo_kws, kws_train
 from hf_ext.kws.training import synthesis
 
 
@@ -120,8 +121,8 @@ class TestTrain:
         says(invoke(*train, "--words", "yes, привет"), "are not Latin")
         assert not (tmp_path / "x" / "synthesised").exists()
         data = (*train, "--data", recordings)
-        says(invoke(*data, "--model-type", "slik"), "slik")
-        says(invoke(*data, "--model-type", "llama"), "Unrecognized configuration class")
+        for name in ("slik", "llama", "gated_conformer"):
+            says(invoke(*data, "--model-type", name), f"--model-type {name}: there are", "ced_kws", "slick")
         says(invoke(*data, "--set", "width=3"), "--set width: a slick model has no such field")
         says(invoke(*data, "--set", "hidden_size"), "must name a field and its value")
         says(invoke(*data, "--set", "hidden_size=6"), "`num_attention_heads` (4) does not divide")
@@ -137,6 +138,38 @@ class TestTrain:
         says(invoke(*data, "--model", without_its_end(spotter_folder, tmp_path)), "incomplete metadata")
         says(invoke("kws", "train", "--data", recordings, "--output-dir", recordings / "metadata.csv"), "is a file")
         assert not (tmp_path / "x" / "config.json").exists()
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            (("--model-type", "slik"), "--model-type slik"),
+            (("--set", "width=3"), "--set width"),
+            (("--model", "no/such/model"), "no/such/model"),
+            (("--noise", "."), "--noise . has no audio files"),
+            (("--eval-data", "nowhere"), "has no metadata.csv"),
+            (("--device", "abacus"), "--device abacus"),
+            (("--model-type", "ced_kws", "--ctc-steps", 0), "--ctc-steps 0 of --steps 2000"),
+            (("--push-to-hub", "a/b/c"), "a/b/c"),
+        ],
+    )
+    def test_settings_are_looked_at_before_words_are_spoken(self, wrong, message, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(kws_train, "synthesize_phrases", lambda *arguments, **settings: pytest.fail("spoken"))
+        says(invoke("kws", "train", "--words", "yes, no", *wrong), message)
+
+    def test_a_push_that_fails_is_told_and_leaves_the_model(self, recordings, tmp_path, monkeypatch):
+        def refused(trainer):
+            raise ConnectionError("no way there")
+
+        monkeypatch.setattr(KwsTrainer, "push_to_hub", refused)
+        outcome = invoke(
+            *("kws", "train", "--data", recordings, "--output-dir", tmp_path / "x", *TINY, *QUICK, "--eval-clips", 0),
+            *("--push-to-hub", "somebody/spotter"),
+        )
+        assert outcome.exit_code == 1 and isinstance(outcome.exception, SystemExit)
+        assert "can't push the model to somebody/spotter: no way there" in outcome.output
+        assert f"The model is in {tmp_path / 'x'}" in outcome.output
+        assert (tmp_path / "x" / "model.safetensors").exists()
 
     def test_clips_are_opened_before_anything_is_trained(self, recordings, tmp_path):
         # More than the features are normalised by.
