@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 from .configuration_dynamoe import DynaMoeConfig, checked_sensitivity
 from .generation_dynamoe import DynaMoeGenerationMixin
 from .loading import CheckedLoading
-from .nested_mlp import NestedMlp, Routing, nest_mlps
+from .nested_mlp import NestedMlp, Routing, nest_mlps, num_weights
 from .outputs import DynaMoeCausalLMOutputWithPast, ExpertUsage
 from .routing import (
     check_expert_index,
@@ -353,7 +353,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         widths = torch.tensor(self.config.expert_widths, device=expert_index.device)
         idle = (widths[-1] - widths)[expert_index] * per_neuron.view(-1, *[1] * (expert_index.dim() - 1))
         # PEFT keeps the originals of modules that it trains in full beside those that run.
-        running = (p.numel() for name, p in self.named_parameters() if ".original_module." not in name)
+        running = (num_weights(p) for name, p in self.named_parameters() if ".original_module." not in name)
         return sum(running) - idle.sum(0)
 
     def _count(self, expert_index: torch.Tensor, token_mask: torch.Tensor | None) -> None:

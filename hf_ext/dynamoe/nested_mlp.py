@@ -143,10 +143,9 @@ class NestedMlp(nn.Module):
     @property
     def parameters_per_neuron(self) -> int:
         """Weights and biases that belong to one neuron: its rows of the input side, its column of the output side."""
-        down = _linear(self.dense, self.output)
-        total = down.weight.numel()
+        total = num_weights(_linear(self.dense, self.output).weight)
         for name in self.inputs:
-            total += sum(parameter.numel() for parameter in _linear(self.dense, name).parameters(recurse=False))
+            total += sum(map(num_weights, _linear(self.dense, name).parameters(recurse=False)))
         return total // self.widths[-1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -272,6 +271,12 @@ class NestedMlp(nn.Module):
             outputs = [down(hidden * (neurons < width)) for width in self.widths]
         norms = self.config.output_norms
         return similarities(torch.stack(outputs), self.config.similarity, norms[self.layer] if norms else None)
+
+
+def num_weights(parameter: torch.Tensor) -> int:
+    """How many there are, also where bitsandbytes has packed two of 4 bits into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else packed.shape.numel()
 
 
 def neurons_of(mlp: nn.Module, inputs: tuple[str, ...], activation: Any, x: torch.Tensor) -> torch.Tensor:

@@ -69,6 +69,10 @@ def smallest_sufficient(nearness: torch.Tensor, sensitivity: float | torch.Tenso
     return (sufficient.cumsum(-1) == 0).sum(-1)
 
 
+class RouterLinear(nn.Linear):
+    """Not `nn.Linear` itself, which is what quantisation replaces: routers are small, and trained behind it too."""
+
+
 class DynaMoeRouter(nn.Module):
     """
     Predicts a token's difficulty at one layer from the input of its MLP: two linear layers (the paper, section 2.3).
@@ -87,8 +91,8 @@ class DynaMoeRouter(nn.Module):
     def __init__(self, hidden_size: int, router_hidden_size: int, num_experts: int, router_type: str):
         super().__init__()
         self.router_type = router_type
-        self.hidden = nn.Linear(hidden_size, router_hidden_size)
-        self.out = nn.Linear(router_hidden_size, num_experts - 1 if router_type == "ordinal" else num_experts)
+        self.hidden = RouterLinear(hidden_size, router_hidden_size)
+        self.out = RouterLinear(router_hidden_size, num_experts - 1 if router_type == "ordinal" else num_experts)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from dynamoe.models import random_ids, spread_routers, tiny_moe
@@ -209,6 +209,43 @@ def test_an_adapter_of_transformers_own_is_saved_and_loaded(tmp_path):
         expected = moe(ids, sensitivity=0.5).logits
         for loaded in (bare, AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")):
             torch.testing.assert_close(loaded(ids, sensitivity=0.5).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Of a size that is packed without a rest."""
+    folder = tmp_path_factory.mktemp("saved")
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 64, "expert_widths": [16, 32, 64]}
+    tiny_moe(initializer_range=0.1, **sizes).save_pretrained(folder)
+    return folder
+
+
+def quantised(folder, **options):
+    config = BitsAndBytesConfig(**options)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_model_routes_and_counts_alike(bits, saved):
+    """Its routers stay as they are, and weights that are packed two into a byte are two parameters."""
+    ids, moe = random_ids(2, 9), AutoModelForCausalLM.from_pretrained(saved)
+    small = quantised(saved, **{f"load_in_{bits}bit": True})
+    for mine, theirs in zip(small.nested_mlps(), moe.nested_mlps(), strict=True):
+        assert all(map(torch.equal, mine.router.parameters(), theirs.router.parameters()))
+    assert small.generate(ids, max_new_tokens=4, sensitivity=0.5).shape[1] > 9
+    for expert in range(3):
+        out, expected = (m(ids, expert_index=expert, output_router_logits=True) for m in (small, moe))
+        assert (out.logits - expected.logits).norm() < 0.4 * expected.logits.norm()
+        assert torch.equal(out.active_parameters, expected.active_parameters)
+
+
+def test_routers_of_a_quantised_model_are_trained(saved):
+    """They are not quantised; beside them adapters are trained."""
+    moe = prepare_model_for_kbit_training(quantised(saved, load_in_4bit=True), use_gradient_checkpointing=False)
+    config = LoraConfig(r=2, target_modules=GATED, modules_to_save=["router"], task_type="CAUSAL_LM")
+    model, ids = get_peft_model(moe, config), random_ids(2, 9)
+    model(input_ids=ids, labels=ids, output_router_logits=True, sensitivity=0.5).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_whole_mlps_cannot_be_trained_beside_their_originals():
