@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ext.cli.dynamoe_bench import bench
 from hf_ext.cli.dynamoe_eval import evaluate
-from hf_ext.cli.loading import chosen_device, load_base, load_nested, short_name
+from hf_ext.cli.dynamoe_rows import check_texts, check_tokens
+from hf_ext.cli.loading import chosen_device, load_base, load_nested, make_folder, short_name
 from hf_ext.cli.options import (
     DATASET_HELP,
     DatasetConfigOption,
@@ -112,6 +114,8 @@ def convert(
     console = Console()
     if output_dir.exists() and Path(model).exists() and output_dir.resolve() == Path(model).resolve():
         raise typer.BadParameter(f"--output-dir {output_dir} is the dense model's own folder: take another.")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise typer.BadParameter(f"--output-dir {output_dir} is not empty: take another, or remove what is there.")
     if dataset is None and importance is not Importance.none:
         raise typer.BadParameter(
             f"--importance {importance} ranks neurons on text: name some with --dataset, or keep their order with "
@@ -130,6 +134,7 @@ def convert(
         "router_hidden_size": router_hidden_size,
         "similarity": similarity.value,
     }
+    make_folder(output_dir.parent)
     try:
         if by_shards:
             where = "auto" if device is None else chosen_device(device)
@@ -137,10 +142,15 @@ def convert(
         else:
             with console.status("Loading the model"):
                 dense, tokenizer = load_base(model, device, dtype)
-            moe = convert_to_dynamoe(dense, num_experts, processing_class=tokenizer, **settings)
-            receipt = moe.conversion_receipt
-            moe.save_pretrained(output_dir)
-            tokenizer.save_pretrained(output_dir)
+            # Beside its place, which it takes when it is complete.
+            with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as partial:
+                moe = convert_to_dynamoe(dense, num_experts, processing_class=tokenizer, **settings)
+                receipt = moe.conversion_receipt
+                for part in (moe, tokenizer):
+                    part.save_pretrained(Path(partial) / "moe")
+                if output_dir.exists():
+                    output_dir.rmdir()
+                (Path(partial) / "moe").rename(output_dir)
     except (OSError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     console.print(rich_table(receipt_table(receipt, short_name(model))))
@@ -228,8 +238,11 @@ def train(
         raise typer.BadParameter(
             f"the dataset has none of the columns {', '.join(sorted(_TEXT_COLUMNS))}, only {rows.column_names}."
         )
-    train_rows, held_out = split_off(rows, eval_rows, seed)
+    check_texts(rows)
     moe, tokenizer = load_nested(model, device, dtype)
+    check_tokens(rows, moe.config.get_text_config().vocab_size)
+    train_rows, held_out = split_off(rows, eval_rows, seed)
+    make_folder(output_dir)
     try:
         args = DynaMoeTrainingConfig(
             output_dir=str(output_dir),
@@ -257,13 +270,20 @@ def train(
         trainer = DynaMoeTrainer(
             model=moe, args=args, train_dataset=train_rows, eval_dataset=held_out, processing_class=tokenizer
         )
-    except ValueError as error:
+        if push_to_hub is not None:  # what can't be pushed to is said before the training, not behind it
+            trainer.init_hf_repo()
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     trainer.train(resume_from_checkpoint=resume or None)
+    if not all(weight.isfinite().all() for weight in moe.parameters()):
+        rates = f"--learning-rate below {learning_rate:g} or a --router-learning-rate below {router_learning_rate:g}"
+        console.print(f"Training diverged: take a {rates}.", style="red")
+        raise typer.Exit(1)
     trainer.save_model()
     if held_out is not None:
         figures = trainer.evaluate()
         console.print(rich_table(_training_table(figures, f"{len(held_out)} rows that were kept apart")))
+    trainer.create_model_card(dataset_name=None if Path(dataset).exists() else dataset)
     console.print(
         f"The model is in {output_dir}. Measure it: hf-ext dynamoe eval --model {output_dir} --dataset {dataset}",
         markup=False,

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hf_ext.cli.compare import describe_machine
 from hf_ext.cli.dynamoe_budgets import Budget, batches_of, measure, served_sensitivities, shaded_text
+from hf_ext.cli.dynamoe_rows import check_tokens
 from hf_ext.cli.dynamoe_views import (
     budgets_table,
     cheapest,
@@ -21,7 +22,7 @@ from hf_ext.cli.dynamoe_views import (
     trade_off,
     verdict,
 )
-from hf_ext.cli.loading import load_nested, short_name, suitable_threads
+from hf_ext.cli.loading import load_nested, make_folder, short_name, suitable_threads
 from hf_ext.cli.options import (
     DATASET_HELP,
     DatasetConfigOption,
@@ -71,6 +72,7 @@ def evaluate(
     with console.status("Loading the model"):
         moe, tokenizer = load_nested(model, device, dtype)
     rows = load_rows(dataset, split, dataset_config, max_rows)
+    check_tokens(rows, moe.config.get_text_config().vocab_size)
     limit = getattr(moe.config.get_text_config(), "max_position_embeddings", None) or max_length
     found = token_rows(rows, tokenizer, min(max_length, limit), max_tokens)
     wanted = served_sensitivities(moe.config, sensitivity, (0.3, 0.5, 0.7, 0.8, 0.9))
@@ -79,6 +81,7 @@ def evaluate(
     ids = found[0] if text is None else tokenizer(text)["input_ids"][:limit]
     if not ids:
         raise typer.BadParameter(f"--text {text!r} has no token.")
+    make_folder(output_dir)
     with suitable_threads(moe, threads):
         try:
             budgets = measure(
@@ -96,7 +99,6 @@ def evaluate(
     coloured = shaded_text(moe, tokenizer, ids, shown.sensitivity or 0.0, f"A text, {shown.name}")
     caption = f"{short_name(model)}: {sum(map(len, found)):,} tokens in {len(found)} rows"
     sections = _sections(budgets, shown, moe.config.expert_widths, caption, coloured)
-    output_dir.mkdir(parents=True, exist_ok=True)
     print_section(sections[0], console)
     for section in sections:
         draw(section, output_dir / f"{section.name}.png")

@@ -108,6 +108,26 @@ class TestConvert:
         assert not (tmp_path / "x").exists()
         (tmp_path / "x").write_text("")
         says(invoke(*model), "--output-dir", "is a file")
+        for form in ((), ("--by-shards",)):
+            convert = ("convert", "--model", base_folder, "--importance", "none", *form)
+            says(invoke(*convert, "--output-dir", tmp_path / "x" / "y"), "can't make the folder", str(tmp_path / "x"))
+
+    @pytest.mark.parametrize("form", [(), ("--by-shards",)])
+    def test_what_is_there_already_stays(self, base_folder, tmp_path, form):
+        """It may have been trained since."""
+        convert = ("convert", "--model", base_folder, "--importance", "none", "--output-dir", tmp_path, *form)
+        (tmp_path / "README.md").write_text("Trained for a week.")
+        says(invoke(*convert), f"--output-dir {tmp_path} is not empty", "take another")
+        assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+
+    def test_nothing_is_left_of_a_conversion_that_ends_halfway(self, base_folder, tmp_path, monkeypatch):
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+        model = ("convert", "--model", base_folder, "--importance", "none", "--device", "cpu")
+        says(invoke(*model, "--output-dir", tmp_path / "x"), "No space left on device")
+        assert not list(tmp_path.iterdir())
 
 
 class TestTrain:
@@ -122,6 +142,8 @@ class TestTrain:
         for word in ("θ = 0.5", "θ = 1", "router", "hf-ext dynamoe eval --model"):
             assert word in outcome.stdout
         assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == "DynaMoeForCausalLM"
+        card = (folder / "README.md").read_text()
+        assert "| steps | 2 |" in card and "at sensitivity 0.5" in card and str(tmp_path) not in card
 
     def test_a_dense_model_says_how_to_convert_it(self, base_folder, texts):
         pytest.importorskip("trl")
@@ -136,7 +158,34 @@ class TestTrain:
         table = tmp_path / "table.csv"
         table.write_text("label\n3\n4\n")
         says(invoke(*train, "--dataset", table), "none of the columns", "prompt, text", "only ['label']")
+        ids = tmp_path / "ids.jsonl"
+        ids.write_text('{"input_ids": [1, 2]}\n{"input_ids": [1, 9999]}\n')
+        says(invoke(*train, "--dataset", ids), "row 1 of the dataset holds the token 9999", "vocabulary")
+        nulls = tmp_path / "nulls.jsonl"
+        nulls.write_text('{"text": "abc"}\n{"text": null}\n')
+        says(invoke(*train, "--dataset", nulls), "row 1 of the dataset has no text", "None")
         assert not (tmp_path / "out").exists()
+        train = ("train", "--model", nested_folder, "--dataset", texts, "--steps", 1)
+        says(invoke(*train, "--output-dir", table / "out"), "can't make the folder", str(table))
+
+    def test_a_repository_that_can_not_be_pushed_to_is_said_before_training(
+        self, nested_folder, texts, tmp_path, monkeypatch
+    ):
+        pytest.importorskip("trl")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        train = ("train", "--model", nested_folder, "--dataset", texts, "--output-dir", tmp_path / "out", "--steps", 1)
+        says(invoke(*train, "--push-to-hub", "me/x", "--device", "cpu"), "offline mode")
+        assert not list((tmp_path / "out").glob("*.safetensors"))
+
+    def test_a_training_that_diverges_says_so(self, nested_folder, texts, tmp_path):
+        pytest.importorskip("trl")
+        outcome = invoke(
+            *("train", "--model", nested_folder, "--dataset", texts, "--output-dir", tmp_path / "out", "--steps", 6),
+            *("--router-steps", 0, "--learning-rate", 1e30, "--device", "cpu", "--batch-size", 2),
+        )
+        assert outcome.exit_code == 1
+        assert "Training diverged: take a --learning-rate below 1e+30" in " ".join(outcome.output.split())
+        assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 class TestEval:
@@ -159,12 +208,16 @@ class TestEval:
         figures = json.loads((folder / "results.json").read_text())
         assert [budget["sensitivity"] for budget in figures["budgets"]] == [0.3, 0.6, 1.0, None, None, None]
 
-    def test_errors_say_the_way_out(self, base_folder, nested_folder, texts):
+    def test_errors_say_the_way_out(self, base_folder, nested_folder, texts, tmp_path):
         pytest.importorskip("matplotlib")
         says(invoke("eval", "--model", base_folder, "--dataset", texts), "hf-ext dynamoe convert --model")
         model = ("eval", "--model", nested_folder, "--dataset", texts, "--device", "cpu")
         says(invoke(*model, "-s", 1.5), "--sensitivity")
         says(invoke(*model, "-s", 0.5, "--show", 0.6), "--show 0.6 is none", "[0.5, 1.0]")
+        says(invoke(*model, "--output-dir", texts / "x"), "can't make the folder", str(texts))
+        ids = tmp_path / "ids.jsonl"
+        ids.write_text('{"input_ids": [1, 9999]}\n')
+        says(invoke("eval", "--model", nested_folder, "--dataset", ids), "row 0 of the dataset holds the token 9999")
 
 
 class TestBench:

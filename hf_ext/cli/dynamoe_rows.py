@@ -1,0 +1,49 @@
+"""Rows that a nested model can't read, said before it reads them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def check_texts(rows: Dataset) -> None:
+    """
+    Refuses rows whose `text`, where they have that column, is none.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            The dataset.
+
+    Raises:
+        typer.BadParameter: naming the first.
+    """
+    for number, text in enumerate(rows["text"] if "text" in rows.column_names else []):
+        if not isinstance(text, str):
+            raise typer.BadParameter(f"row {number} of the dataset has no text, its `text` is {text!r}: leave it out.")
+
+
+def check_tokens(rows: Dataset, vocab_size: int) -> None:
+    """
+    Refuses rows whose `input_ids`, where they have that column, the model doesn't know.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            The dataset.
+        vocab_size (`int`):
+            Number of tokens that the model knows.
+
+    Raises:
+        typer.BadParameter: naming the first.
+    """
+    for number, ids in enumerate(rows["input_ids"] if "input_ids" in rows.column_names else []):
+        wrong = [token for token in ids if not 0 <= token < vocab_size]
+        if wrong:
+            raise typer.BadParameter(
+                f"row {number} of the dataset holds the token {wrong[0]}, but the model's vocabulary has {vocab_size}: its "
+                "`input_ids` belong to another tokenizer."
+            )
