@@ -82,10 +82,14 @@ def evaluate(
     with console.status("Loading the model"):
         detector = load_detector(model, device)
         spotter: Any = None if detector else load_spotter(model, device)
+    kinds = [str(kind) for kind in negative or (Negative.random, Negative.hard)]
+    if spotter is not None and Negative.confusable in kinds and spotter.processor.takes_words:
+        raise typer.BadParameter(
+            f"--negative {Negative.confusable} is of phonemes, and {model!r} takes words: leave it out."
+        )
     # Before the scoring, which takes long, and not behind it.
     make_folder(output_dir)
     measured = detector[0] if detector else spotter.model
-    kinds = [str(kind) for kind in negative or (Negative.random, Negative.hard)]
     with suitable_threads(measured, threads):
         if detector:
             scored, clips = score_keywords(*detector, data, max_clips, seed, console)

@@ -40,6 +40,8 @@ _CLIPS_FOR_STATISTICS = 200
 _CLIPS_FOR_TABLE = 5_000
 # Of the papers' longest phrases, where a model takes any.
 _USUAL_PHONEMES = 25
+# A model that takes words takes no confusable phrases, which are made up of phonemes.
+_SHARES_OF_WORDS = {"positive": 0.5, "random": 0.25, "hard": 0.25}
 # Below so many phrases, none can be spared for evaluation.
 _LEAST_PHRASES = 10
 
@@ -148,17 +150,13 @@ def train(
         processor = processor or KwsProcessor(_normalising_extractor(kept, spotter.config.num_mel_bins))
         vocabulary = sorted({row["text"] for row in kept})
         longest = getattr(spotter.config, "longest_phrase", None) or _USUAL_PHONEMES
-        pairs = KwsPairDataset(kept, processor.tokenizer, augmenter=augmenter, max_phonemes=longest, seed=seed)
+        drawn: dict[str, Any] = {"tokenizer": processor.tokenizer, "max_phonemes": longest, "seed": seed}
+        if processor.takes_words:
+            drawn |= {"tokenizer": None, "shares": _SHARES_OF_WORDS}
+        pairs = KwsPairDataset(kept, augmenter=augmenter, **drawn)
         eval_pairs = None
         if held_out:
-            eval_pairs = KwsPairDataset(
-                held_out,
-                processor.tokenizer,
-                every_kind=True,
-                vocabulary=vocabulary,
-                max_phonemes=longest,
-                seed=seed,
-            )
+            eval_pairs = KwsPairDataset(held_out, every_kind=True, vocabulary=vocabulary, **drawn)
         args = KwsTrainingConfig(
             output_dir=str(output_dir),
             max_steps=steps,

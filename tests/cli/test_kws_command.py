@@ -1,15 +1,19 @@
 import csv
 import json
 import shutil
+import string
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import BertTokenizer, DistilBertConfig
 from typer.testing import CliRunner
 
 from hf_ext import (
     AutoModelForKeywordSpotting,
+    DspForKeywordSpotting,
+    DspKwsConfig,
     GatedConformerConfig,
     GatedConformerForKeywordDetection,
     KwsFeatureExtractor,
@@ -76,6 +80,19 @@ TINY = ("--set", "hidden_size=16", "--set", "num_hidden_layers=1", "--set", "int
 QUICK = ("--steps", 2, "--batch-size", 4, "--device", "cpu")
 
 
+@pytest.fixture(scope="module")
+def words_folder(tmp_path_factory):
+    """A model that takes words, in letters."""
+    folder = tmp_path_factory.mktemp("words") / "tiny"
+    letters = string.ascii_lowercase
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    text = DistilBertConfig(vocab_size=len(pieces), dim=8, hidden_dim=16, n_layers=1, n_heads=2)
+    config = DspKwsConfig(text_config=text, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    DspForKeywordSpotting(config).save_pretrained(folder)
+    KwsProcessor(tokenizer=BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})).save_pretrained(folder)
+    return folder
+
+
 class TestTrain:
     @pytest.mark.parametrize(("model_type", "fields"), [("slick", TINY), ("ced_kws", TINY[:4]), ("dsp_kws", TINY[:4])])
     def test_the_model_that_it_trains_is_saved_with_processor_and_card(self, recordings, tmp_path, model_type, fields):
@@ -113,6 +130,16 @@ class TestTrain:
         )
         assert outcome.exit_code == 0, outcome.output
         assert AutoModelForKeywordSpotting.from_pretrained(tmp_path).config.hidden_size == 16
+
+    def test_it_goes_on_from_a_model_of_words(self, recordings, words_folder, tmp_path):
+        outcome = invoke(
+            *("kws", "train", "--data", recordings, "--model", words_folder, "--output-dir", tmp_path, *QUICK),
+            *("--steps", 8, "--eval-clips", 4),
+        )
+        assert outcome.exit_code == 0, outcome.output
+        assert KwsProcessor.from_pretrained(tmp_path).takes_words
+        # There are no phonemes for its phrases to be made up from.
+        assert "hard" in outcome.output and "confusable" not in outcome.output
 
     def test_errors_say_the_way_out(self, recordings, spotter_folder, tmp_path):
         train = ("kws", "train", "--output-dir", tmp_path / "x")
@@ -232,6 +259,23 @@ class TestEval:
         for own in figures["figures"]:
             low, high = own["auc_interval"]
             assert 0 <= low <= own["auc"] <= high <= 1 and 0.5 <= own["duration_only_auc"] <= 1
+
+    def test_a_model_of_words_has_no_confusables(self, recordings, words_folder, tmp_path):
+        run = (
+            "kws",
+            "eval",
+            "--data",
+            recordings,
+            "--model",
+            words_folder,
+            "--output-dir",
+            tmp_path,
+            "--resamples",
+            0,
+        )
+        outcome = invoke(*run, "--device", "cpu", "--max-clips", 4)
+        assert outcome.exit_code == 0, outcome.output
+        says(invoke(*run, "--negative", "confusable"), "--negative confusable", "is of phonemes", "takes words")
 
     def test_trials_of_a_file_score_as_the_model_says(self, recordings, spotter_folder, tmp_path):
         pytest.importorskip("matplotlib")

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from hf_ext.kws.processing_kws import KwsProcessor
 from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
 from hf_ext.kws.training.augmentation import KwsAugmenter, spec_augment
-from hf_ext.kws.training.mining import Kind, PhoneticIndex, confusable_phonemes, sound_alike
+from hf_ext.kws.training.mining import Kind, PhoneticIndex, confusable_phonemes, phoneme_tokenizer, sound_alike
 from hf_ext.kws.training.utterances import column, duration_of, read_audio
 
 
@@ -192,7 +192,7 @@ class KwsPairDataset(KwsTrialDataset):
         self.confusable_kinds = confusable_kinds
         self.max_phonemes = max_phonemes
         self.contained_is_negative = contained_is_negative
-        self.tokenizer = tokenizer or PhonemeTokenizer()
+        self.tokenizer = phoneme_tokenizer(tokenizer)
         texts = column(utterances, "text")
         self._phonemes = {text: tuple(self.tokenizer.tokenize(text)) for text in dict.fromkeys([*texts, *vocabulary])}
         fitting = {text: spoken for text, spoken in self._phonemes.items() if len(spoken) <= max_phonemes}

@@ -83,6 +83,16 @@ def phonetic_distance(
     return float(_distances(_codes(check_phonemes(first)), codes, _costs(weighted), indel_cost)[0])
 
 
+def phoneme_tokenizer(tokenizer: Any = None) -> PhonemeTokenizer:
+    """The tokenizer, or one with the packaged lexicon alone; raises a `TypeError` for one that knows no phonemes."""
+    # One that came by remote code is of a class of its own.
+    if tokenizer is not None and not hasattr(tokenizer, "pronunciations"):
+        raise TypeError(
+            f"`tokenizer` must be a PhonemeTokenizer, which tells how phrases sound, got {type(tokenizer).__name__}."
+        )
+    return tokenizer or PhonemeTokenizer()
+
+
 def sound_alike(first: Sequence[str], second: Sequence[str]) -> bool:
     """
     Whether nobody can tell two pronunciations apart: homophones, and pairs that differ in AH/IH/UH or AA/AO alone.
@@ -143,7 +153,7 @@ class PhoneticIndex:
         self.phrases = list(dict.fromkeys(phrases))
         if not self.phrases:
             raise ValueError("`phrases` is empty: a vocabulary has at least one phrase.")
-        self.tokenizer = tokenizer or PhonemeTokenizer()
+        self.tokenizer = phoneme_tokenizer(tokenizer)
         self.indel_cost = indel_cost
         self.max_pronunciations = max_pronunciations
         self._cost = _costs(weighted)

@@ -334,6 +334,11 @@ def _check_phrases(model: Any, processor: KwsProcessor, datasets: dict[str, Any]
         )
     longest = getattr(config, "longest_phrase", None)
     for name, dataset in datasets.items():
+        if processor.takes_words and "confusable" in getattr(dataset, "kinds", ()):
+            raise ValueError(
+                f"`{name}` has the kind 'confusable', which is made up of phonemes, and the model takes words: leave it out of "
+                "the `shares`."
+            )
         if longest is not None and getattr(dataset, "most_phonemes", 0) > longest:
             raise ValueError(
                 f"`{name}` has phrases of up to {dataset.most_phonemes} phonemes and the model takes {longest} "

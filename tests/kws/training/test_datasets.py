@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import BertTokenizer
 
 from hf_ext.kws.configuration_slick import SlickConfig
 from hf_ext.kws.modeling_slick import SlickForKeywordSpotting
@@ -18,7 +19,7 @@ from hf_ext.kws.training.datasets import (
     KwsPairDataset,
     KwsTrialDataset,
 )
-from hf_ext.kws.training.mining import sound_alike
+from hf_ext.kws.training.mining import PhoneticIndex, sound_alike
 from hf_ext.kws.training.utterances import load_utterances, read_audio
 
 
@@ -285,6 +286,12 @@ class TestRows:
     def test_of_a_vocabulary(self):
         with pytest.raises(TypeError, match="`vocabulary` must be a list of phrases, got the one text 'yes, no'"):
             KwsPairDataset(utterances(), vocabulary="yes, no")
+
+    def test_of_a_tokenizer_without_phonemes(self):
+        words = BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4})
+        for make in (lambda: KwsPairDataset(utterances(), words), lambda: PhoneticIndex(["yes"], words)):
+            with pytest.raises(TypeError, match=r"`tokenizer` must be a PhonemeTokenizer, .*, got BertTokenizer"):
+                make()
 
     def test_of_batches(self):
         collate, pair = KwsDataCollator(KwsProcessor()), KwsPairDataset(utterances())[0]

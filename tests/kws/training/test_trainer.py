@@ -6,7 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor, EvalPrediction, HfArgumentParser, TrainingArguments
+from transformers import AutoModel, AutoProcessor, BertTokenizer, EvalPrediction, HfArgumentParser, TrainingArguments
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging as transformers_logging
 
@@ -237,6 +237,14 @@ def test_models_that_cannot_be_trained_on_the_phrases_are_named(tmp_path):
     narrow = SlickForKeywordSpotting(SlickConfig(max_phonemes=9, **sizes))
     with pytest.raises(ValueError, match=r"`train_dataset` has phrases of up to 12 phonemes and the model takes 9"):
         trainer(tmp_path, narrow)
+    words = KwsProcessor(tokenizer=BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}))
+    with pytest.raises(ValueError, match=r"`train_dataset` has the kind 'confusable', .* and the model takes words"):
+        KwsTrainer(
+            model=tiny_model(),
+            args=KwsTrainingConfig(str(tmp_path), report_to="none", use_cpu=True),
+            train_dataset=KwsPairDataset(UTTERANCES),
+            processing_class=words,
+        )
     fitting = KwsPairDataset(UTTERANCES, max_phonemes=9)
     with pytest.raises(ValueError, match=r"`eval_dataset` has phrases of up to 12 phonemes"):
         trainer(tmp_path, narrow, fitting, KwsPairDataset(UTTERANCES))
