@@ -255,34 +255,38 @@ def libriphrase_trials(
 
 
 def load_speech_commands(
-    source: str | os.PathLike[str],
+    source: Any,
     words: Sequence[str] | None = None,
     split: Literal["all", "train", "validation", "test"] = "all",
     extract_to: str | os.PathLike[str] | None = None,
-) -> list[dict[str, Any]]:
+) -> Any:
     """
-    Google Speech Commands, from its folder or its archive.
+    Google Speech Commands, from its folder, its archive or the Hub.
 
     Args:
-        source (`str` or `os.PathLike`):
-            A folder with one folder per word, or `speech_commands_v0.01.tar.gz` (or v0.02).
+        source (`str`, `os.PathLike`, `datasets.Dataset` or `datasets.DatasetDict`):
+            A folder with one folder per word, `speech_commands_v0.01.tar.gz` (or v0.02), or what `datasets.load_dataset`
+            made of `google/speech_commands`.
         words (`Sequence[str]`, *optional*):
             Only these.
         split (`str`, *optional*, defaults to `"all"`):
-            `"train"`, `"validation"` or `"test"` by the lists in the folder.
+            `"train"`, `"validation"` or `"test"` by the lists in the folder, or of a `datasets.DatasetDict`.
         extract_to (`str` or `os.PathLike`, *optional*):
             Where to unpack an archive, once.
 
     Returns:
-        `list[dict]`: rows for [`KwsPairDataset`], with `audio`, `text` and `speaker`. Background noise is left out.
+        `list[dict]` or `datasets.Dataset`: rows for [`KwsPairDataset`], with `audio`, `text` and `speaker`. Background noise
+        is left out.
 
     Raises:
         FileNotFoundError: if there is no such folder or archive, or no list of the split.
-        ValueError: if an archive has nowhere to go or is damaged, or a word is not there.
+        ValueError: if an archive has nowhere to go or is damaged, or a word, split or column is not there.
     """
-    folder = Path(source)
     if split not in ("all", "train", "validation", "test"):
         raise ValueError(f"`split` must be 'all', 'train', 'validation' or 'test', got {split!r}.")
+    if hasattr(source, "cast_column"):
+        return _speech_commands_of_the_hub(source, words, split)
+    folder = Path(source)
     if folder.is_file():
         if extract_to is None:
             raise ValueError(f"`source` ({folder}) is an archive: say where to unpack it, with `extract_to`.")
@@ -316,6 +320,25 @@ def load_speech_commands(
             if split in ("all", own):
                 rows.append({"audio": str(path), "text": word, "speaker": path.stem.partition("_nohash_")[0]})
     return rows
+
+
+def _speech_commands_of_the_hub(dataset: Any, words: Sequence[str] | None, split: str) -> Any:
+    if isinstance(dataset, Mapping):
+        if split not in dataset:
+            raise ValueError(f"`source` has the splits {sorted(dataset)}: name one with `split`, got {split!r}.")
+        dataset = dataset[split]
+    elif split != "all":
+        raise ValueError(f"`split`={split!r} chooses among those of a `DatasetDict`, and `source` is one split.")
+    if missing := sorted({"audio", "label", "speaker_id"} - set(dataset.column_names)):
+        raise ValueError(f"`source` lacks the columns {missing} of google/speech_commands.")
+    texts = [dataset.features["label"].int2str(label) for label in dataset["label"]]
+    spoken = sorted(text for text in set(texts) if not text.startswith("_"))
+    if absent := sorted(set(words or ()) - set(spoken)):
+        raise ValueError(f"`source` has no clips of {absent}; it has {spoken}.")
+    wanted = [i for i, text in enumerate(texts) if text in (words or spoken)]
+    # `datasets` decodes with torchcodec alone; what is not decoded soundfile reads.
+    dataset = dataset.cast_column("audio", type(dataset.features["audio"])(decode=False))
+    return dataset.add_column("text", texts).rename_column("speaker_id", "speaker").select(wanted)
 
 
 def _trial(audio: str, text: str, phrase: str, label: int, kind: str) -> dict[str, Any]:

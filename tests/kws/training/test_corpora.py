@@ -5,7 +5,9 @@ import json
 import tarfile
 from collections import Counter
 
+import numpy as np
 import pytest
+import soundfile
 
 from hf_ext.kws.training.corpora import (
     AlignedWord,
@@ -211,6 +213,37 @@ def test_speech_commands_from_folder_and_archive(tmp_path):
     for _ in range(2):
         rows = load_speech_commands(tmp_path / "a.tar.gz", extract_to=tmp_path / "unpacked")
     assert len(rows) == 3 and rows[0]["audio"] == str(tmp_path / "unpacked" / "no" / "ab_nohash_1.wav")
+
+
+def speech_commands_of_the_hub(tmp_path):
+    """The columns of google/speech_commands."""
+    datasets = pytest.importorskip("datasets")
+    soundfile.write(tmp_path / "clip.wav", np.full(1600, 0.5), 16000)
+    rows = [
+        {"file": f"{label}/{i}.wav", "audio": str(tmp_path / "clip.wav"), "label": label, "speaker_id": speaker}
+        for i, (label, speaker) in enumerate([("yes", "ab"), ("no", "cd"), ("_silence_", None), ("yes", "ef")])
+    ]
+    dataset = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio(16000))
+    return datasets, dataset.cast_column("label", datasets.ClassLabel(names=["yes", "no", "_silence_"]))
+
+
+def test_speech_commands_from_the_hub(tmp_path):
+    datasets, dataset = speech_commands_of_the_hub(tmp_path)
+    rows = load_speech_commands(dataset)
+    assert list(rows["text"]) == ["yes", "no", "yes"] and list(rows["speaker"]) == ["ab", "cd", "ef"]
+    assert read_audio(rows[0])[0] == 0.5 and KwsPairDataset(rows, every_kind=True)[0]["phrase"] == "yes"
+    splits = datasets.DatasetDict({"train": dataset, "test": dataset.select([0])})
+    assert list(load_speech_commands(splits, ["yes"], split="train")["text"]) == ["yes", "yes"]
+    assert len(load_speech_commands(splits, split="test")) == 1
+    for source, settings, message in [
+        (splits, {}, r"has the splits \['test', 'train'\]: name one with `split`"),
+        (splits, {"split": "validation"}, r"has the splits \['test', 'train'\]"),
+        (dataset, {"split": "train"}, "`split`='train' chooses among those of a `DatasetDict`"),
+        (dataset, {"words": ["maybe"]}, r"has no clips of \['maybe'\]; it has \['no', 'yes'\]"),
+        (dataset.remove_columns("label"), {}, r"lacks the columns \['label'\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_speech_commands(source, **settings)
 
 
 def test_speech_commands_refuses_what_it_cannot_do(tmp_path):
