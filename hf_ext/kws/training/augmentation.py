@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn import functional as F
 
+from hf_ext.kws.audio_input import check_sampling_rate
 from hf_ext.kws.training.effects import (
     add_noise,
     band_limit,
     change_speed,
+    check_range,
     clip_peaks,
     coloured_noise,
     equalize,
@@ -19,6 +21,9 @@ from hf_ext.kws.training.effects import (
     reverberate,
     room_responses,
 )
+
+
+_RANGES = ("speeds", "equalizer_db", "rt60", "direct_to_reverberant_db", "snr_db", "gain_db")
 
 
 def spec_augment(
@@ -139,8 +144,9 @@ class KwsAugmenter:
             value = getattr(self, name)
             if name.endswith("_probability") and not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must be from 0 to 1, got {value}.")
-            if isinstance(value, (tuple, list)) and name != "noises" and not value[0] <= value[1]:
-                raise ValueError(f"`{name}` must be a range from least to most, got {value}.")
+        for name in _RANGES:
+            check_range(name, getattr(self, name))
+        check_sampling_rate(self.sampling_rate)
         for name in ("speeds", "rt60"):
             if not getattr(self, name)[0] > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")

@@ -1,6 +1,14 @@
 """Single changes of recordings: noise, rooms, speed, microphones and lines; batched torch, every draw from a given generator."""
 
+from typing import Any
+
 import torch
+
+
+def check_range(name: str, limits: Any) -> None:
+    """Raises a `ValueError` for what is no pair of a least and a greatest value."""
+    if not isinstance(limits, (tuple, list)) or len(limits) != 2 or not limits[0] <= limits[1]:
+        raise ValueError(f"`{name}` must be a range from least to most, got {limits}.")
 
 
 def coloured_noise(

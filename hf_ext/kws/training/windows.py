@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from hf_ext.kws.feature_extraction_kws import KwsFeatureExtractor
 from hf_ext.kws.training.augmentation import KwsAugmenter
+from hf_ext.kws.training.effects import check_range
 from hf_ext.kws.training.utterances import read_audio
 
 
@@ -112,7 +113,10 @@ def load_noises(
 
     Raises:
         FileNotFoundError: if there is no recording.
+        ValueError: if the share is none.
     """
+    if not 0 <= train_share <= 1:
+        raise ValueError(f"`train_share` must be from 0 to 1, got {train_share}.")
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in (".wav", ".flac", ".ogg"))
     if not paths:
         raise FileNotFoundError(f"`folder` ({folder}) has no recordings (.wav, .flac or .ogg).")
@@ -192,6 +196,7 @@ class KwsWindowDataset(Dataset):
         unknown = sorted(set(shares) - set(WINDOW_KINDS))
         if unknown or any(share < 0 for share in shares.values()) or not sum(shares.values()):
             raise ValueError(f"`shares` must give {list(WINDOW_KINDS)} shares of 0 or more, not all 0, got {shares}.")
+        check_range("snr_db", snr_db)
         if not len(utterances) or not len(noises):
             raise ValueError(
                 f"There are {len(utterances)} `utterances` and {len(noises)} `noises`: windows need at least one of each."

@@ -140,6 +140,11 @@ def test_bad_input_is_named():
         KwsAugmenter(noises=[torch.zeros(100).numpy()])
     with pytest.raises(ValueError, match=r"`speeds` must be a range from least to most, got \[1.1, 0.9\]"):
         KwsAugmenter(speeds=[1.1, 0.9])
+    for limits in (5.0, (5.0,), (5.0, 10.0, 20.0), (float("nan"), 5.0), None):
+        with pytest.raises(ValueError, match="`snr_db` must be a range from least to most"):
+            KwsAugmenter(snr_db=limits)
+    with pytest.raises(ValueError, match="`sampling_rate` must be a positive number of hertz, got 0"):
+        KwsAugmenter(sampling_rate=0)
     for name in ("speeds", "rt60"):
         with pytest.raises(ValueError, match=f"`{name}` must be positive"):
             KwsAugmenter(**{name: (0.0, 1.0)})

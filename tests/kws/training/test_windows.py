@@ -112,6 +112,8 @@ class TestHoldingOut:
     def test_a_folder_without_recordings_is_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="has no recordings"):
             load_noises(tmp_path)
+        with pytest.raises(ValueError, match="`train_share` must be from 0 to 1, got 2"):
+            load_noises(tmp_path, train_share=2)
 
 
 class TestBadInput:
@@ -129,6 +131,8 @@ class TestBadInput:
                 "`augmenter` works at 8000 Hz and `sampling_rate` is 16000",
             ),
             ({"window_samples": 0}, r"`window_samples` \(0\) must be positive"),
+            ({"snr_db": (5.0,)}, "`snr_db` must be a range from least to most"),
+            ({"snr_db": 5.0}, "`snr_db` must be a range from least to most"),
             ({"num_windows": -1}, r"`num_windows` \(-1\) not negative"),
             ({"utterances": []}, "0 `utterances`"),
             ({"label2id": {"no": 0}}, r"does not have: \['yes'\]"),
