@@ -290,8 +290,8 @@ def share_of_macs_skipped(
         raise ValueError(f"`gates` of shape {ran.shape} don't fit `macs_per_module` of shape {macs.shape}.")
     if not np.isin(ran, (0, 1)).all():
         raise ValueError("`gates` has values other than 0 and 1: a gate that is not closed saves nothing.")
-    if (macs < 0).any() or always_on < 0:
-        raise ValueError("`macs_per_module` and `always_on` must not be negative.")
+    if not (np.isfinite(macs).all() and np.isfinite(always_on) and (macs >= 0).all() and always_on >= 0):
+        raise ValueError("`macs_per_module` and `always_on` must not be negative and must be finite.")
     if mask is not None:
         kept = _array(mask).astype(bool)
         if kept.shape != ran.shape[:-1]:

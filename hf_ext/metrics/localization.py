@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,7 +112,7 @@ def _matches(found: list[Any], actual: list[Any], min_iou: float) -> list[float]
 
 def _with_label(interval: Any) -> tuple[float, float, Any]:
     """Start, end and label, `None` without one. Intervals come as tuples, from JSON as lists, and as rows of arrays."""
-    parts = list(interval) if hasattr(interval, "__len__") and not isinstance(interval, str) else []
+    parts = list(interval) if hasattr(interval, "__len__") and not isinstance(interval, (str, Mapping)) else []
     if len(parts) not in (2, 3):
         raise ValueError(
             f"{interval!r} is no interval: those of a clip are a list of (start, end) or (start, end, label)."

@@ -234,7 +234,7 @@ class TestLocalization:
         assert localization_scores([[[0, 1, "go"]]], [[(0, 1, "go")]]).f1 == 1.0
         assert localization_scores([[[0, 1, "go"]]], [[(0, 1, "stop")]]).f1 == 0.0
 
-    @pytest.mark.parametrize("interval", [0.0, (0.0,), (0.0, 1.0, "go", 0.9), "01"])
+    @pytest.mark.parametrize("interval", [0.0, (0.0,), (0.0, 1.0, "go", 0.9), "01", {"start": 0.0, "end": 1.0}])
     def test_what_is_no_interval_is_refused(self, interval):
         for sides in ([[interval]], [[(0, 1)]]), ([[interval]], [[]]), ([[(0, 1)]], [[interval]]):
             with pytest.raises(ValueError, match="is no interval"):
@@ -264,6 +264,8 @@ class TestMacsSkipped:
             (([[0.5]], [1]), "other than 0 and 1"),
             (([[1, 0]], [1]), "don't fit"),
             (([[1]], [-1]), "must not be negative"),
+            (([[1, 0]], [1, np.nan]), "must not be negative and must be finite"),
+            (([[1]], [1], np.inf), "must not be negative and must be finite"),
             ((np.zeros((0, 1)), [1]), "no frame"),
             (([[1]], [0]), "no work"),
             (([[1]], [1], 0, [1, 1]), "`mask` has the shape"),
