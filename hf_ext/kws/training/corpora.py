@@ -228,7 +228,7 @@ def libriphrase_trials(
         `list[dict]`: trials for [`KwsTrialDataset`].
 
     Raises:
-        ValueError: for another subset or expansion, and if a list lacks a column.
+        ValueError: for another subset or expansion, and if a list lacks a column or a value.
     """
     if subset not in ("easy", "hard") or expansion not in ("four", "two"):
         raise ValueError(
@@ -242,7 +242,11 @@ def libriphrase_trials(
             missing = sorted(set(_CSV_COLUMNS) - set(reader.fieldnames or ()))
             if missing:
                 raise ValueError(f"The list {path} lacks the columns {missing}.")
-            for row in reader:
+            for number, row in enumerate(reader, start=1):
+                if lacking := [name for name in _CSV_COLUMNS if not row[name]]:
+                    raise ValueError(f"The list {path} has no {lacking[0]} in row {number}.")
+                if row["target"] not in ("0", "1", "0.0", "1.0"):
+                    raise ValueError(f"The list {path} has in row {number} the target {row['target']!r}, no 0 or 1.")
                 kind = _LIBRIPHRASE_KINDS.get(row["type"], row["type"])
                 sides = [(str(Path(audio_dir) / row[side]), row[f"{side}_text"]) for side in ("anchor", "comparison")]
                 if kind == wanted or (kind == "positive" and expansion == "two"):

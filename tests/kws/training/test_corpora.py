@@ -215,6 +215,24 @@ def test_speech_commands_from_folder_and_archive(tmp_path):
     assert len(rows) == 3 and rows[0]["audio"] == str(tmp_path / "unpacked" / "no" / "ab_nohash_1.wav")
 
 
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("a.wav,hi,b.wav,ho,diffspk_hardneg", " no target in row 2"),
+        ("a.wav,hi", " no comparison in row 2"),
+        ("a.wav,hi,b.wav,ho,diffspk_hardneg,x", "in row 2 the target 'x'"),
+        ("a.wav,hi,b.wav,ho,diffspk_hardneg,2", "in row 2 the target '2'"),
+    ],
+)
+def test_rows_of_official_lists_that_are_none_are_named(tmp_path, row, problem):
+    path = tmp_path / "list.csv"
+    path.write_text(
+        f"anchor,anchor_text,comparison,comparison_text,type,target\na.wav,hi,b.wav,ho,diffspk_hardneg,0\n{row}\n"
+    )
+    with pytest.raises(ValueError, match=f"{path}.*{problem}"):
+        libriphrase_trials(path, tmp_path)
+
+
 def speech_commands_of_the_hub(tmp_path):
     """The columns of google/speech_commands."""
     datasets = pytest.importorskip("datasets")
