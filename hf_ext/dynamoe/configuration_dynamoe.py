@@ -1,6 +1,7 @@
 """Configuration of [`DynaMoeForCausalLM`]."""
 
 import itertools
+import operator
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
@@ -180,9 +181,10 @@ def equal_widths(width: int, num_experts: int) -> list[int]:
 
 def checked_widths(widths: Any, width: int) -> list[int]:
     """The widths as a list, if they ascend from at least 1 to the whole MLP."""
-    widths = list(widths) if isinstance(widths, Iterable) else [widths]
-    if len(widths) < 2 or any(not isinstance(w, int) or isinstance(w, bool) or w < 1 for w in widths):
-        raise ValueError(f"`expert_widths` must be at least two integers of at least 1, got {widths}.")
+    given = list(widths) if isinstance(widths, Iterable) else [widths]
+    widths = [_integer(value) for value in given]
+    if len(widths) < 2 or any(w is None or w < 1 for w in widths):
+        raise ValueError(f"`expert_widths` must be at least two integers of at least 1, got {given}.")
     if any(a >= b for a, b in itertools.pairwise(widths)):
         raise ValueError(f"`expert_widths` must ascend, since each expert contains the one before; got {widths}.")
     if widths[-1] != width:
@@ -191,6 +193,14 @@ def checked_widths(widths: Any, width: int) -> list[int]:
             "the model is the dense one."
         )
     return widths
+
+
+def _integer(value: Any) -> int | None:
+    """As Python's own, also of those in arrays and tensors; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def checked_sensitivity(sensitivity: Any, name: str = "sensitivity") -> float:

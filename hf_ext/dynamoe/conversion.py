@@ -127,7 +127,7 @@ def convert_to_dynamoe(
     check_calibration(importance, calibration_dataset, calibration_tokens, batch_size, max_length)
     settings = {"router_type": router_type, "router_hidden_size": router_hidden_size, "similarity": similarity}
     if isinstance(model, (str, os.PathLike)):
-        nested_config(dense_skeleton(model), num_experts, expert_widths, **settings)
+        expert_widths = nested_config(dense_skeleton(model), num_experts, expert_widths, **settings).expert_widths
         if processing_class is None:
             processing_class = beside(AutoTokenizer, model, "tokenizer_config.json")
         model = AutoModelForCausalLM.from_pretrained(model)

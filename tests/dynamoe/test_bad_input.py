@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -88,6 +89,14 @@ def refuse(model, words, error=ValueError, **options):
 def test_settings_that_cannot_work(options, words):
     error = Exception if {"router_type", "similarity"} & options.keys() else ValueError
     refuse(tiny_model().train(), words, error=error, **options)
+
+
+def test_widths_may_come_from_anywhere(tmp_path):
+    """From a generator, which can be read once, and from arrays."""
+    tiny_model().save_pretrained(tmp_path)
+    for widths in (iter(WIDTHS), numpy.array(WIDTHS), torch.tensor(WIDTHS)):
+        moe = convert_to_dynamoe(tmp_path, expert_widths=widths, importance="none")
+        assert moe.config.expert_widths == WIDTHS and {type(width) for width in moe.config.expert_widths} == {int}
 
 
 def test_a_model_converted_twice(tmp_path):
