@@ -83,6 +83,7 @@ def convert_checkpoint_to_dynamoe(
         [`ConversionReceipt`]
 
     Raises:
+        TypeError: for anything but a folder or a name.
         ValueError: as [`convert_to_dynamoe`], for weights that are no safetensors or not those of config.json, and for a folder
             that is there already. Nothing is left behind.
 
@@ -97,6 +98,11 @@ def convert_checkpoint_to_dynamoe(
     True
     ```
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"`model` must be a folder or a name on the Hub, got {type(model).__name__}: what is in memory is converted by "
+            "`convert_to_dynamoe`."
+        )
     check_calibration(importance, calibration_dataset, calibration_tokens, batch_size, max_length)
     if importance == "taylor":
         raise ValueError(

@@ -153,6 +153,10 @@ def test_what_cannot_be_converted_leaves_nothing_behind(tmp_path):
     refuse(source, target, words, max_shard_size="5 gigs", importance="activation_norm", calibration_dataset=unread)
     refuse(source, target, ["no text"], importance="activation_norm", calibration_dataset=[])
     refuse(source, source, ["`output_dir`", "not empty"])
+    with pytest.raises(
+        TypeError, match=r"`model` must be a folder or a name.*got LlamaForCausalLM.*`convert_to_dynamoe`"
+    ):
+        convert_checkpoint_to_dynamoe(tiny_model(), target, importance="none")
     config = json.loads((source / "config.json").read_text())
     for changes, words in (
         ({"num_hidden_layers": 3}, ["9 tensors are missing", "layers.2"]),
