@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class DynaMoeTrainer(SFTTrainer):
 
     Args:
         model (`str` or [`DynaMoeForCausalLM`]):
-            The converted model.
+            The converted model, or its folder or name on the Hub.
         args ([`DynaMoeTrainingConfig`], *optional*):
             Settings.
         teacher_model ([`~transformers.PreTrainedModel`], *optional*):
@@ -94,7 +95,7 @@ class DynaMoeTrainer(SFTTrainer):
             args = DynaMoeTrainingConfig("dynamoe")
         if not isinstance(args, DynaMoeTrainingConfig):
             raise TypeError(f"`args` must be a DynaMoeTrainingConfig, got {type(args).__name__}.")
-        if isinstance(model, str):
+        if isinstance(model, (str, os.PathLike)):
             # As SFT does: updates at usual rates vanish in weights of 16 bits.
             model = DynaMoeForCausalLM.from_pretrained(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
         routed = model.get_base_model() if hasattr(model, "get_base_model") else model

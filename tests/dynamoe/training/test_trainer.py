@@ -363,5 +363,5 @@ def test_a_model_named_by_its_folder_is_trained_in_full_precision(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "saved")
     folder = str(tmp_path / "saved")
     assert tiny_trainer(tmp_path, model=folder).model.dtype == torch.float32
-    asked = tiny_trainer(tmp_path, model=folder, model_init_kwargs={"dtype": "bfloat16"})
+    asked = tiny_trainer(tmp_path, model=tmp_path / "saved", model_init_kwargs={"dtype": "bfloat16"})
     assert asked.model.dtype == torch.bfloat16
