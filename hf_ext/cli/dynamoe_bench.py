@@ -17,7 +17,7 @@ from hf_ext import DynaMoeForCausalLM, convert_to_dynamoe
 from hf_ext.cli.compare import describe_machine, progress_bar, share_weights, wait_for
 from hf_ext.cli.dynamoe_budgets import served_sensitivities
 from hf_ext.cli.dynamoe_views import shortened
-from hf_ext.cli.loading import chosen_device, load_nested, number_format, short_name, suitable_threads
+from hf_ext.cli.loading import chosen_device, load_nested, make_folder, number_format, short_name, suitable_threads
 from hf_ext.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -289,6 +289,8 @@ def bench(
         if len(ids) == 0:
             raise typer.BadParameter(f"--prompt {prompt!r} has no token.")
         read = ids.repeat(prompt_tokens // len(ids) + 1)[:prompt_tokens].expand(batch_size, -1)
+    if json_file is not None:
+        make_folder(json_file.parent)
     wanted = [s for s in served_sensitivities(moe.config, sensitivity, (0.3, 0.5, 0.7)) if s < 1]
     with suitable_threads(moe, threads):
         try:

@@ -264,6 +264,8 @@ class TestBench:
         says(invoke("bench", "--shape", "64,96,1", "--dtype", "int8"), "--dtype must be")
         says(invoke("bench", "--shape", "64,96,1", "--prompt", "a"), "--prompt needs a --model")
         says(invoke("bench", "--model", nested_folder, "--prompt-tokens", 120), "context of 128 tokens")
+        file = nested_folder / "config.json" / "bench.json"
+        says(invoke("bench", "--shape", "64,96,1", "--json", file), "can't make the folder", "config.json")
 
     def test_the_dense_model_is_the_nested_one_without_experts(self, nested):
         dense, ids = dense_of(nested), torch.arange(10)[None]
