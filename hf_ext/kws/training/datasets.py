@@ -356,7 +356,8 @@ class KwsDataCollator:
             seeded = (torch.Generator().manual_seed(pair["seed"] + 1) for pair in pairs)
             rows = zip(batch["input_features"].split(1), batch["attention_mask"].split(1), seeded, strict=True)
             batch["input_features"] = torch.cat([spec_augment(*row) for row in rows])
-        spoken = self.phoneme_tokenizer([pair["text"] for pair in pairs], padding=True, return_tensors="pt")
+        texts = [pair["text"] for pair in pairs]
+        spoken = self.phoneme_tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         batch["phoneme_labels"] = spoken["input_ids"].masked_fill(spoken["attention_mask"] == 0, -100)
         batch["labels"] = torch.tensor([float(pair["label"]) for pair in pairs])
         batch["pair_kinds"] = torch.tensor([PAIR_KINDS.index(pair["kind"]) for pair in pairs])
