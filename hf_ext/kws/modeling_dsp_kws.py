@@ -41,7 +41,6 @@ class DspPhonemeEncoder(nn.Module):
 class DspKwsPreTrainedModel(TextDefinedKwsPreTrainedModel):
     config: DspKwsConfig
     base_model_prefix = "dsp_kws"
-    _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):

@@ -18,6 +18,8 @@ class KwsPreTrainedModel(PreTrainedModel):
     # The loss is a mean over the batch: the Trainer divides it among the steps that it accumulates.
     accepts_loss_kwargs = False
     _no_split_modules = ["KwsConformerLayer"]
+    # What all of their attention runs by.
+    _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
         # The usual 0.02 of language models would leave layers this narrow nearly silent.

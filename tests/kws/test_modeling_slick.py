@@ -260,6 +260,11 @@ class TestSaving:
         assert loaded.config.to_dict() == AutoConfig.from_pretrained(tmp_path).to_dict()
         assert_same_model(loaded, model, batch())
 
+    def test_attention_may_be_asked_for_by_the_name_of_what_it_runs(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa")
+        assert_same_model(loaded.eval(), model, batch())
+
     def test_travels_with_its_code(self, tmp_path):
         model, inputs = small_model(), batch()
         there = output_without_the_package(model, inputs, "AutoModel", tmp_path)
