@@ -32,11 +32,13 @@ class KwsConformerForCTC(KwsConformerPreTrainedModel):
 
     ```python
     >>> import torch
-    >>> from hf_ext import KwsConformerConfig, KwsConformerForCTC, SlickConfig, SlickForKeywordSpotting
+    >>> from hf_ext import KwsConformerConfig, KwsConformerForCTC, PhonemeTokenizer, SlickConfig, SlickForKeywordSpotting
 
     >>> model = KwsConformerForCTC(KwsConformerConfig(num_hidden_layers=2)).eval()
-    >>> model(torch.zeros(1, 98, 80), labels=torch.tensor([[20, 31, 9]])).logits.shape
+    >>> logits = model(torch.zeros(1, 98, 80), labels=torch.tensor([[20, 31, 9]])).logits
+    >>> logits.shape
     torch.Size([1, 23, 74])
+    >>> heard = PhonemeTokenizer().batch_decode(logits.argmax(-1), group_tokens=True)  # "HH EY1 K AH0 ..."
 
     >>> spotter = SlickForKeywordSpotting(SlickConfig(num_hidden_layers=2))
     >>> spotter.encoder.load_state_dict(model.encoder.state_dict())

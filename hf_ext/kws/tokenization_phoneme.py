@@ -19,6 +19,9 @@ class PhonemeTokenizer(PreTrainedTokenizer):
     What stands between braces is taken as phonemes, so that a word can be given its pronunciation wherever a text is
     expected: `"{HH EY1} computer"`.
 
+    What a CTC model hears by frame is read with `tokenizer.decode(ids, group_tokens=True)`: repeated symbols are one, and
+    blanks are left out. Without it every symbol counts, as in a phrase that has the same phoneme twice.
+
     Args:
         lexicon (`dict[str, str | list[str]]`, *optional*):
             Pronunciations of words that the packaged lexicon lacks or has otherwise, the usual one first:
@@ -122,6 +125,13 @@ class PhonemeTokenizer(PreTrainedTokenizer):
 
     def _convert_id_to_token(self, index: int) -> str:
         return SYMBOLS[index] if 0 <= index < len(SYMBOLS) else "<unk>"
+
+    def _decode(self, token_ids: int | list[int], *args: Any, group_tokens: bool = False, **kwargs: Any) -> str:
+        if group_tokens:
+            token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
+            # A CTC model hears a phoneme over several frames, and the blank between two that are alike.
+            token_ids = [token for token, _ in itertools.groupby(token_ids) if token != self.pad_token_id]
+        return super()._decode(token_ids, *args, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return " ".join(tokens)

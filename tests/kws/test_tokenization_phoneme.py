@@ -41,6 +41,14 @@ class TestSymbols:
         assert tokenizer.decode(ids) == "K AH0 M P Y UW1 T ER0"
         assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize("computer")) == ids
 
+    def test_what_a_ctc_model_hears_by_frame_is_read_as_phonemes(self, tokenizer):
+        hot, tea = tokenizer("hot")["input_ids"], tokenizer("tea")["input_ids"]
+        frames = [0, hot[0], hot[0], 0, hot[1], hot[2], hot[2], 0, tea[0], 0, 0, tea[1]]
+        assert tokenizer.decode(frames, group_tokens=True) == "HH AA1 T T IY1"
+        assert tokenizer.batch_decode([frames, [0, 0]], group_tokens=True) == ["HH AA1 T T IY1", ""]
+        # A phrase is no output of frames: it says the same phoneme twice.
+        assert tokenizer.decode(hot + tea) == "HH AA1 T T IY1"
+
     def test_batch_is_padded_on_the_right(self, tokenizer):
         batch = tokenizer(["hey", "hey computer"], padding=True, return_tensors="pt")
         assert batch["input_ids"].shape == (2, 10)
