@@ -20,6 +20,7 @@ from .modeling_dynamoe import DynaMoeForCausalLM
 from .routing import smallest_sufficient, straight_through
 from .trainer_checks import check_functions, check_routers, check_settings, check_teacher
 from .trainer_config import DynaMoeTrainingConfig
+from .trainer_figures import routing_figures
 
 
 IGNORE_INDEX = -100
@@ -36,8 +37,8 @@ class DynaMoeTrainer(SFTTrainer):
     `modules_to_save=["router"]`) only adapters and routers are trained.
 
     It logs the losses, `active_fraction`, the share of MLP neurons that tokens used, and `router_accuracy`, the share of
-    tokens whose router says what their label says. An evaluation logs loss and active fraction for each sensitivity, and
-    leaves the counts of labels against choices in `confusion`.
+    tokens whose router says what their label says; with `log_layers` also layer by layer. An evaluation logs loss and active
+    fraction for each sensitivity, and leaves the counts of labels against choices, layer by layer, in `confusion`.
 
     Args:
         model (`str` or [`DynaMoeForCausalLM`]):
@@ -284,12 +285,7 @@ class DynaMoeTrainer(SFTTrainer):
         # Of the routers' own choices: while they train alone the model runs dense.
         chosen = torch.stack([self.routed.choices(logits, sensitivity[:, None]) for logits in outputs.router_logits])
         wanted = smallest_sufficient(outputs.nearness, sensitivity[:, None])
-        of_tokens = {
-            "active_fraction": widths[chosen].mean(0),
-            "label_fraction": widths[wanted].mean(0),
-            "router_accuracy": (chosen == wanted).float().mean(0),
-        }
-        for name, values in of_tokens.items():
+        for name, values in routing_figures(chosen, wanted, widths, self.args.log_layers).items():
             pairs[name] = torch.stack([(values * mask).sum(1), num_tokens], -1)
         for name, pair in zip(pairs, self._over_rows(mode, torch.stack(list(pairs.values()), 1)), strict=True):
             self._totals[mode][prefix + name] = self._totals[mode].get(prefix + name, 0) + pair

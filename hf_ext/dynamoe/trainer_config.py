@@ -51,6 +51,9 @@ class DynaMoeTrainingConfig(SFTConfig):
             Standard deviation of the noise on the routers' logits in training, which lets them see what other choices do.
         eval_sensitivities (`list[float]`, *optional*, defaults to `[0.5, 0.7, 0.8, 0.9, 1.0]`):
             What is evaluated, each at the cost of a pass of its own; classifiers have their own and 1.
+        log_layers (`bool`, *optional*, defaults to `False`):
+            Whether the active fraction, the routers' accuracy and the share of tokens that each expert gets are also logged
+            layer by layer, as in `layer_3_active_fraction` and `layer_3_expert_0`.
         learning_rate (`float`, *optional*, defaults to `1e-5`):
             Initial learning rate of everything else.
         gradient_checkpointing (`bool`, *optional*):
@@ -92,6 +95,7 @@ class DynaMoeTrainingConfig(SFTConfig):
     eval_sensitivities: list[float] = field(
         default_factory=lambda: [0.5, 0.7, 0.8, 0.9, 1.0], metadata={"help": "Sensitivities to evaluate."}
     )
+    log_layers: bool = field(default=False, metadata={"help": "Log where tokens go layer by layer."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of everything else."})
     # Not False: transformers takes a value for the use of a deprecated name.
     gradient_checkpointing: bool | None = field(

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from dynamoe.models import tiny_model
+from dynamoe.models import WIDTHS, tiny_model
 from dynamoe.training.setting import logged, nested, settings, texts, tiny_tokenizer, tiny_trainer, weights_of
 from hf_ext import DynaMoeTrainer
 from versions import CHECKPOINTING
@@ -224,6 +224,23 @@ def test_an_evaluation_does_not_depend_on_its_batches(tmp_path):
     for confusion in (found[0][1], found[1][1]):
         assert confusion[0.5].sum((1, 2)).tolist() == [num_tokens] * 2
     assert torch.equal(found[0][1][0.5], found[1][1][0.5])
+
+
+def test_figures_of_each_layer_are_logged_on_request(tmp_path):
+    """Their means over layers are the figures of all, and shares of experts are what the active fraction is made of."""
+    trainer = tiny_trainer(tmp_path, log_layers=True, eval_dataset=texts(3, seed=9), eval_sensitivities=[0.5, 1.0])
+    trainer.train()
+    plain = tiny_trainer(tmp_path, eval_dataset=texts(3, seed=9), eval_sensitivities=[0.5, 1.0])
+    assert not any("layer_" in name for name in plain.evaluate())
+    widths = torch.tensor(WIDTHS) / WIDTHS[-1]
+    for figures, prefix in ((trainer.state.log_history[0], ""), (trainer.evaluate(), "eval_0.5_")):
+        for name in ("active_fraction", "router_accuracy"):
+            layers = [figures[f"{prefix}layer_{layer}_{name}"] for layer in range(2)]
+            assert sum(layers) / 2 == pytest.approx(figures[prefix + name])
+        for layer in range(2):
+            shares = torch.tensor([figures[f"{prefix}layer_{layer}_expert_{expert}"] for expert in range(3)])
+            assert shares.sum().item() == pytest.approx(1)
+            assert (shares * widths).sum().item() == pytest.approx(figures[f"{prefix}layer_{layer}_active_fraction"])
 
 
 # What is refused
