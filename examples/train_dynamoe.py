@@ -81,7 +81,7 @@ def main(recipe: RecipeArguments, args: NestedTrainingArguments):
             texts = own_texts(dense, tokenizer, recipe, Path(args.output_dir), args.seed)
         else:
             texts = load_dataset("json", data_files=recipe.texts, split="train")
-    texts = texts.train_test_split(test_size=min(128, len(texts) // 10), seed=args.seed)
+    texts = texts.train_test_split(test_size=min(128, max(1, len(texts) // 10)), seed=args.seed)
     moe = convert_to_dynamoe(
         dense,
         num_experts=recipe.num_experts,
@@ -96,6 +96,7 @@ def main(recipe: RecipeArguments, args: NestedTrainingArguments):
     trainer.train(resume_from_checkpoint=True if checkpoint in ("true", "True") else checkpoint)
     trainer.save_model()
     figures = trainer.evaluate()
+    trainer.create_model_card()  # with these figures
     for value in args.eval_sensitivities:
         fraction, loss = (figures[f"eval_{value:g}_{name}"] for name in ("active_fraction", "lm_loss"))
         print(f"sensitivity {value:g}: {fraction:.1%} of the MLPs, loss {loss:.4f}")

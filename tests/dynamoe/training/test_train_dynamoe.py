@@ -64,6 +64,14 @@ def test_texts_can_be_given(recipe, dense, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out" / "texts.jsonl").exists()
 
 
+def test_a_few_texts_are_enough_to_try(recipe, dense, tmp_path):
+    """One of them is kept for the evaluation, whose figures stand in the card."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"w{i} w5 w6 w7"}) + "\n" for i in range(2, 6)))
+    run(recipe, dense, tmp_path / "out", texts=texts, max_steps=1)
+    assert "at sensitivity 0.5" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_it_goes_on_where_it_stopped(recipe, dense, tmp_path):
     """To the same weights as without the interruption, with the texts that it had written."""
     run(recipe, dense, tmp_path)
