@@ -114,7 +114,9 @@ def _token_ids(row: Any, number: int, tokenizer: PreTrainedTokenizerBase | None)
     text = row.get("text") if isinstance(row, dict) else row
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(text, str) and messages is None:
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        found = type(row).__name__
+        if isinstance(row, dict):
+            found = ", ".join(f"`{name}` ({type(value).__name__})" for name, value in row.items()) or "nothing"
         raise ValueError(
             f"Row {number} of `calibration_dataset` has no text: a string, or a column `text`, `messages` or `input_ids` is "
             f"looked for, found {found}."
