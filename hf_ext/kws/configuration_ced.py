@@ -5,7 +5,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_kws_encoder import check_encoder, check_sizes
+from .configuration_kws_encoder import check_encoder, check_sizes, check_weights
 
 
 @strict
@@ -48,7 +48,8 @@ class CedConfig(PreTrainedConfig):
             Weights of the two losses. The paper has one of them at a time, the other would be 0.
 
     Raises:
-        ValueError: if a size is not positive, heads don't divide the width, the kernel is even, or there are too few channels.
+        ValueError: if a size is not positive, heads don't divide the width, the kernel is even, there are too few channels, or
+            the weight of a loss is negative.
 
     Example:
 
@@ -86,4 +87,5 @@ class CedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         check_encoder(self)
         check_sizes(self, "verifier_size")
+        check_weights(self, "utterance_loss_weight", "ctc_loss_weight")
         super().__post_init__(**kwargs)

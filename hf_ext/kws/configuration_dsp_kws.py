@@ -5,7 +5,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_kws_encoder import check_encoder, check_sizes
+from .configuration_kws_encoder import check_encoder, check_sizes, check_weights
 
 
 @strict
@@ -124,8 +124,9 @@ class DspKwsConfig(PreTrainedConfig):
             )
         check_encoder(self)
         check_sizes(self, "projection_size", "num_text_layers")
+        check_weights(self, "utterance_loss_weight", "contrastive_loss_weight", "ctc_loss_weight")
         for name in ("attention_temperature", "initial_temperature"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         super().__post_init__(**kwargs)
 

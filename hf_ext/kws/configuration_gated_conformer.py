@@ -5,7 +5,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_kws_encoder import check_sizes
+from .configuration_kws_encoder import check_sizes, check_weights
 
 
 # Frames from one step of the encoder to the next: its entrance halves the rate twice.
@@ -144,14 +144,10 @@ class GatedConformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"`gate_open_probability` must be between 0 and 1 and neither, got {self.gate_open_probability}."
             )
-        if self.gate_temperature <= 0:
+        if not self.gate_temperature > 0:
             raise ValueError(f"`gate_temperature` must be positive, got {self.gate_temperature}.")
-        for name in ("detection", "classification", "localization", "gate"):
-            weight = getattr(self, f"{name}_loss_weight")
-            if weight < 0:
-                raise ValueError(f"`{name}_loss_weight` must not be negative, got {weight}.")
-        if self.gate_noise_factor < 0:
-            raise ValueError(f"`gate_noise_factor` must not be negative, got {self.gate_noise_factor}.")
+        losses = ("detection", "classification", "localization", "gate")
+        check_weights(self, *(f"{name}_loss_weight" for name in losses), "gate_noise_factor")
         super().__post_init__(**kwargs)
 
     @staticmethod

@@ -1,5 +1,7 @@
 """What the dimensions of the keyword spotting encoder have to be, whichever model it is in."""
 
+import math
+
 from transformers import PreTrainedConfig
 
 
@@ -12,6 +14,13 @@ def check_sizes(config: PreTrainedConfig, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, got {getattr(config, name)}.")
+
+
+def check_weights(config: PreTrainedConfig, *names: str) -> None:
+    """Raises a `ValueError` for the first of these fields that is negative or no number."""
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"`{name}` must be finite and not negative, got {getattr(config, name)}.")
 
 
 def check_encoder(config: PreTrainedConfig) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .configuration_kws_encoder import check_encoder, check_sizes
+from .configuration_kws_encoder import check_encoder, check_sizes, check_weights
 
 
 @strict
@@ -59,7 +59,8 @@ class SlickConfig(PreTrainedConfig):
             Weights of the three losses.
 
     Raises:
-        ValueError: if a size is not positive, heads don't divide the width, the kernel is even, or there are too few channels.
+        ValueError: if a size is not positive, heads don't divide the width, the kernel is even, there are too few channels, or
+            the weight of a loss is negative.
 
     Example:
 
@@ -111,6 +112,7 @@ class SlickConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         check_encoder(self)
         check_sizes(self, "max_phonemes", "num_matcher_heads")
+        check_weights(self, "utterance_loss_weight", "prefix_loss_weight", "ctc_loss_weight", "cohort_size")
         if self.hidden_size % self.num_matcher_heads:
             raise ValueError(
                 f"`num_matcher_heads` ({self.num_matcher_heads}) does not divide `hidden_size` ({self.hidden_size})."

@@ -235,6 +235,7 @@ class TestBadInput:
             ({"num_attention_heads": 5}, "`num_attention_heads` "),
             ({"conv_kernel_size": 4}, "must be odd, got 4"),
             ({"num_mel_bins": 3}, "at least 7"),
+            ({"utterance_loss_weight": -0.5}, "`utterance_loss_weight` must be finite and not negative, got -0.5"),
             ({"verifier_size": 0}, "`verifier_size` must be at least 1, got 0"),
         ],
     )

@@ -340,6 +340,8 @@ class TestBadInput:
             ({"num_attention_heads": 5}, "`num_attention_heads` "),
             ({"conv_kernel_size": 4}, "must be odd, got 4"),
             ({"num_mel_bins": 3}, "at least 7"),
+            ({"contrastive_loss_weight": -1}, "`contrastive_loss_weight` must be finite and not negative, got -1"),
+            ({"attention_temperature": float("nan")}, "`attention_temperature` must be positive, got nan"),
             ({"attention_temperature": 0}, "`attention_temperature` must be positive, got 0"),
             ({"initial_temperature": -1.0}, "`initial_temperature` must be positive, got -1.0"),
             ({"text_config": {"dim": 3}}, "`text_config` has no `model_type`"),

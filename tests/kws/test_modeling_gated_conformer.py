@@ -340,8 +340,10 @@ class TestBadInput:
             ({"gate_threshold": 1.5}, "`gate_threshold` must be from 0 to 1, got 1.5"),
             ({"gate_open_probability": 1.0}, "`gate_open_probability` must be between"),
             ({"gate_temperature": 0.0}, "`gate_temperature` must be positive"),
-            ({"gate_loss_weight": -1.0}, "`gate_loss_weight` must not be negative"),
-            ({"gate_noise_factor": -1.0}, "`gate_noise_factor` must not be negative"),
+            ({"gate_loss_weight": -1.0}, "`gate_loss_weight` must be finite and not negative"),
+            ({"gate_temperature": float("nan")}, "`gate_temperature` must be positive"),
+            ({"detection_loss_weight": float("nan")}, "`detection_loss_weight` must be finite and not negative"),
+            ({"gate_noise_factor": -1.0}, "`gate_noise_factor` must be finite and not negative"),
         ],
     )
     def test_settings_are_refused_by_name(self, settings, message):

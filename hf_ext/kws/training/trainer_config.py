@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -63,8 +64,8 @@ class KwsTrainingConfig(TrainingArguments):
         super().__post_init__()
         weights = {name: getattr(self, f"{name}_weight") for name in LOSSES}
         for name, weight in weights.items():
-            if weight is not None and weight < 0:
-                raise ValueError(f"`{name}_weight` must not be negative, got {weight}.")
+            if weight is not None and not 0 <= weight < math.inf:
+                raise ValueError(f"`{name}_weight` must be finite and not negative, got {weight}.")
         # Not every model has the contrastive loss: it has to be asked for where nothing else is trained.
         if all(weights[name] == 0 for name in LOSSES[:3]) and not self.contrastive_loss_weight:
             raise ValueError(

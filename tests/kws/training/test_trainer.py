@@ -208,7 +208,8 @@ def test_nothing_is_warned_of(model_class, config_class, tmp_path):
 
 def test_bad_settings_are_named(tmp_path):
     for setting, message in [
-        ({"ctc_loss_weight": -1.0}, "`ctc_loss_weight` must not be negative"),
+        ({"ctc_loss_weight": -1.0}, "`ctc_loss_weight` must be finite and not negative, got -1"),
+        ({"prefix_loss_weight": float("nan")}, "`prefix_loss_weight` must be finite and not negative, got nan"),
         ({name + "_weight": 0.0 for name in LOSSES}, "are all 0"),
         ({"ctc_steps": 3, "ctc_loss_weight": 0.0}, "which is 0"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor`"),
