@@ -111,11 +111,12 @@ class DynaMoeTrainingConfig(SFTConfig):
         for name in ("label_forcing", "label_forcing_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be from 0 to 1, got {getattr(self, name)}.")
-        if not self.eval_sensitivities or len(set(self.eval_sensitivities)) < len(self.eval_sensitivities):
+        values = self.eval_sensitivities
+        if not isinstance(values, (list, tuple)) or not values or len(set(values)) < len(values):
             raise ValueError(
-                f"`eval_sensitivities` must be at least one sensitivity and none twice, got {self.eval_sensitivities}."
+                f"`eval_sensitivities` must be a list of at least one sensitivity and none twice, got {values}."
             )
-        for sensitivity in self.eval_sensitivities:
+        for sensitivity in values:
             checked_sensitivity(sensitivity, "eval_sensitivities")
         checked_sensitivity(self.min_sensitivity, "min_sensitivity")
         if self.sensitivity is not None:

@@ -291,6 +291,7 @@ def test_wrong_settings_are_refused(tmp_path, option, value):
         ("budget_weight", float("inf")),
         ("min_sensitivity", -0.1),
         ("eval_sensitivities", []),
+        ("eval_sensitivities", 0.5),
         ("eval_sensitivities", [0.5, 0.5]),
         ("eval_sensitivities", [0.5, 1.5]),
     ],
