@@ -72,8 +72,18 @@ class RecipeArguments:
     text_files: list[str] = field(
         default_factory=list, metadata={"help": "Texts that words and phrases are taken from."}
     )
+    model: str | None = field(
+        default=None,
+        metadata={"help": "A trained model to go on from, in place of a new one and its encoder's stage."},
+    )
     speech_folders: list[str] = field(
         default_factory=list, metadata={"help": "Further folders of clips with a metadata.csv to train on."}
+    )
+    speech_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of all clips that those folders have in equal parts, by repetition; 0 takes each clip once."
+        },
     )
     eval_folders: list[str] = field(
         default_factory=list, metadata={"help": "Folders to evaluate on; their words are not spoken for training."}
@@ -151,6 +161,14 @@ def phrases_to_speak(recipe: RecipeArguments, tokenizer: PhonemeTokenizer, seed:
     return [phrase for phrase in [*words, *phrases, *pseudo] if len(tokenizer.tokenize(phrase)) <= 25]
 
 
+def repeated(folders: list[list[dict]], spoken: list[dict], share: float) -> list[dict]:
+    """Rows of several folders so often that together they are this share beside those that were synthesised."""
+    if not share:
+        return [row for rows in folders for row in rows]
+    wanted = share / (1 - share) * len(spoken) / len(folders)
+    return [rows[i % len(rows)] for rows in folders for i in range(max(round(wanted), len(rows)))]
+
+
 def background(folder: str | None, seed: int) -> list[torch.Tensor]:
     """Recorded noise, and as many recordings again of made-up noise, from white to brown."""
     if folder is None:
@@ -198,7 +216,7 @@ def set_score(
 
 def main(recipe: RecipeArguments, args: SlickTrainingArguments):
     tokenizer = PhonemeTokenizer()
-    rows = [row for folder in recipe.speech_folders for row in load_utterances(folder)]
+    rows: list[dict] = []
     folder = recipe.synthesis_dir or str(Path(args.output_dir) / "clips")
     with args.main_process_first(desc="speaking"):
         if recipe.text_files:
@@ -208,6 +226,8 @@ def main(recipe: RecipeArguments, args: SlickTrainingArguments):
             )
             spoken = set(phrases)
             rows += [row for row in load_utterances(folder) if row["text"] in spoken]
+    if recipe.speech_folders:
+        rows += repeated([load_utterances(folder) for folder in recipe.speech_folders], rows, recipe.speech_share)
     pairs = KwsPairDataset(
         rows,
         tokenizer,
@@ -223,12 +243,17 @@ def main(recipe: RecipeArguments, args: SlickTrainingArguments):
         ),
         seed=args.seed,
     )
-    processor = KwsProcessor(statistics(pairs), tokenizer)
     torch.manual_seed(args.seed)
-    model = SlickForKeywordSpotting(SlickConfig(head_type=recipe.head_type, hidden_dropout=recipe.hidden_dropout))
+    if recipe.model is None:
+        processor = KwsProcessor(statistics(pairs), tokenizer)
+        model = SlickForKeywordSpotting(SlickConfig(head_type=recipe.head_type, hidden_dropout=recipe.hidden_dropout))
+    else:
+        processor = KwsProcessor.from_pretrained(recipe.model)
+        model = SlickForKeywordSpotting.from_pretrained(recipe.model)
     # The two convolutions are most of the work, which a CPU does a fifth faster in this order.
     model.encoder.subsampling.to(memory_format=torch.channels_last)
-    train_encoder(model, rows, processor, recipe, args)
+    if recipe.model is None:
+        train_encoder(model, rows, processor, recipe, args)
     trainer = KwsTrainer(model=model, args=args, train_dataset=pairs, processing_class=processor)
     checkpoint = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if checkpoint in ("true", "True") else checkpoint)

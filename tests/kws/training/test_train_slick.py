@@ -84,6 +84,25 @@ def test_both_stages_train_and_what_is_saved_loads(recipe, clips, tmp_path):
     torch.testing.assert_close(resumed, whole)
 
 
+def test_a_trained_model_goes_on_without_the_first_stage(recipe, clips, tmp_path):
+    """With its own weights and the features that they know."""
+    first = run(recipe, clips, tmp_path / "first")
+    more = write_clips(tmp_path, [{"text": WORDS[i % 2]} for i in range(4)], num_samples=9_000)
+    then = run(recipe, more, tmp_path / "then", model=tmp_path / "first", learning_rate=0.0)
+    assert not (tmp_path / "then" / "encoder").exists()
+    torch.testing.assert_close(then["matcher.q_proj.weight"], first["matcher.q_proj.weight"])
+    means = [AutoProcessor.from_pretrained(tmp_path / name).feature_extractor.mean for name in ("first", "then")]
+    assert means[0] == means[1]
+
+
+def test_folders_of_recordings_have_equal_parts_of_their_share(recipe):
+    """By repetition, and none of their clips is left out."""
+    few, many, spoken = ([{"text": name}] * count for name, count in (("few", 2), ("many", 10), ("spoken", 18)))
+    rows = recipe.repeated([few, many], spoken, share=0.5)
+    assert (rows.count(few[0]), rows.count(many[0])) == (9, 10)
+    assert len(recipe.repeated([few, many], spoken, share=0.0)) == 12
+
+
 def test_small_setting_gives_way_to_what_is_asked_for(recipe):
     parser = HfArgumentParser((recipe.RecipeArguments, recipe.SlickTrainingArguments))
     parser.set_defaults(**recipe.SMALL)
