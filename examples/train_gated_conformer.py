@@ -13,12 +13,19 @@ trained on too (`--more_data folder`); all figures are of recordings of people.
 First every module runs, then the gates are asked, and a loss on the share of modules that run closes those that the task
 can spare. Windows without a word can count more in that loss (`--gate_noise_factor`), since training has far fewer of them
 than a day has. It hardly moves a gate that is all but open, as those of the first modules soon are for all windows; the
-cross-entropy of such windows' gates against shut ones (`--shut_loss_weight`) does. At the end it prints how accurate the model
-is with and without its gates, how much of the gated work it skips where a word is and where none is, and the time that a
-window takes.
+cross-entropy of the gates of noise alone against shut ones (`--shut_loss_weight`) does. Windows with a word at their edge are
+speech: gates that had to shut for them would have to know a word's place, and shut for some that are in the middle. At the
+end it prints how accurate the model is with and without its gates, how much of the gated work it skips where a word is and
+where none is, and the time that a window takes.
 
-The schedule is a guess at one for LibriSpeech or Speech Commands and a GPU, since the paper's is not known; `--small` is a
-setting for two CPU cores and some hundred clips. It is an ordinary training script: `accelerate launch` spreads it over
+The schedule is a guess at one for LibriSpeech or Speech Commands and a GPU, since the paper's is not known. `--small` is a
+setting for two CPU cores and some hundred clips, in two calls of some ten minutes. The first trains without gates; the second
+goes on from it with gates and stays near to its answers:
+
+    python examples/train_gated_conformer.py --small --data speech_commands --noise noise --output_dir out/ungated
+    python examples/train_gated_conformer.py --small --data speech_commands --noise noise --model out/ungated --output_dir out/gated
+
+It is an ordinary training script: `accelerate launch` spreads it over
 processes, every training argument can be given, and called again with `--resume_from_checkpoint true` (or the path of a
 checkpoint) it goes on where it stopped.
 """
@@ -29,8 +36,9 @@ from random import Random
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import AutoFeatureExtractor, HfArgumentParser, Trainer, TrainingArguments
 
 from hf_ext import (
     GatedConformerConfig,
@@ -49,28 +57,28 @@ from hf_ext import (
 
 
 RATE = 16000
-# What `--small` changes; what is given on the command line goes before it.
+# What `--small` changes, in both calls and in each; what is given on the command line goes before it.
 SMALL = {
     "hidden_size": 64,
-    "num_hidden_layers": 3,
+    # The first module runs for all windows, to look; of five blocks that is a twentieth of the work.
+    "num_hidden_layers": 5,
     "intermediate_size": 128,
     "augment": False,
     "hide_stripes": False,
     "kept_windows": 16_000,
     "per_device_train_batch_size": 64,
-    "max_steps": 1_800,
-    "ungated_steps": 600,
     "gate_ramp_steps": 0,
-    "gate_loss_weight": 0.5,
-    "shut_loss_weight": 5.0,
+    "gate_loss_weight": 0.6,
+    "shut_loss_weight": 10.0,
     "gate_cost": "macs",
     "gate_noise_factor": 0.0,
     "gate_open_probability": 0.85,
-    "learning_rate": 3e-3,
     "warmup_steps": 50,
     "logging_steps": 50,
     "save_steps": 250,
 }
+SMALL_WITHOUT_GATES = {"max_steps": 2_400, "ungated_steps": 2_400, "learning_rate": 3e-3}
+SMALL_WITH_GATES = {"max_steps": 1_500, "ungated_steps": 0, "learning_rate": 1.5e-3}
 
 
 @dataclass
@@ -85,6 +93,10 @@ class RecipeArguments:
     )
     num_eval_windows: int = field(default=2_000, metadata={"help": "Windows that are evaluated."})
     num_timed_windows: int = field(default=200, metadata={"help": "Windows whose time is taken, one at a time."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "A model trained without gates, to go on from and to stay near to; its sizes are taken."},
+    )
     hidden_size: int = field(default=96, metadata={"help": "Width of the encoder."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Its conformer blocks."})
     intermediate_size: int = field(default=384, metadata={"help": "Width of its feed-forward layers."})
@@ -101,7 +113,10 @@ class RecipeArguments:
         default=1.0, metadata={"help": "How many times as much windows without a word count in the gates' loss."}
     )
     gate_open_probability: float = field(default=0.95, metadata={"help": "Of every gate before training."})
-    small: bool = field(default=False, metadata={"help": "A small model and a short training, for two CPU cores."})
+    small: bool = field(
+        default=False,
+        metadata={"help": "A small model and a short training, for two CPU cores; without gates, or from `--model`."},
+    )
 
 
 @dataclass
@@ -110,7 +125,10 @@ class GatedTrainingArguments(TrainingArguments):
     hide_stripes: bool = field(default=True, metadata={"help": "Hide stripes of the features, as SpecAugment does."})
     gate_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the share of modules that run."})
     shut_loss_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the cross-entropy that shuts gates for windows without a word."}
+        default=0.0, metadata={"help": "Weight of the cross-entropy that shuts gates for windows of noise alone."}
+    )
+    distillation_weight: float = field(
+        default=1.0, metadata={"help": "Weight of staying near the answers of `--model`, where one is given."}
     )
     ungated_steps: int = field(default=50_000, metadata={"help": "First steps, in which every module runs."})
     gate_ramp_steps: int = field(
@@ -129,36 +147,60 @@ class GatedTrainingArguments(TrainingArguments):
     report_to: str = field(default="none")
 
 
-def shut_loss(outputs, labels: torch.Tensor, macs: tuple[int, ...]) -> torch.Tensor:
-    """Cross-entropy against shut gates of windows without a word, by the modules' work; a mean over all windows."""
+def shut_loss(outputs, is_noise: torch.Tensor, macs: tuple[int, ...]) -> torch.Tensor:
+    """Cross-entropy against shut gates of windows of noise alone, by the modules' work; a mean over all windows."""
     probabilities = outputs.gate_probabilities[:, 0].float()
     entropy = -torch.log1p(-probabilities.clamp(max=1 - 1e-6))
     shares = entropy.new_tensor(macs) / sum(macs)
-    return (entropy @ shares).where(labels < 0, 0.0).mean()
+    return (entropy @ shares).where(is_noise, 0.0).mean()
+
+
+def distance_of_answers(outputs, said, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy against a teacher's answers: whether there is a keyword, and of windows with one which it is."""
+    found = F.binary_cross_entropy_with_logits(
+        outputs.detection_logits[:, 0], said.detection_logits[:, 0].sigmoid(), reduction="none"
+    )
+    named = F.cross_entropy(outputs.class_logits[:, 0], said.class_logits[:, 0].softmax(-1), reduction="none")
+    return (found + named.where(labels >= 0, 0.0)).mean()
 
 
 class GatedTrainer(Trainer):
     """First every module runs; then the gates are asked, and their loss grows to its weight."""
+
+    def __init__(self, *args, teacher=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         if model.training and self.args.hide_stripes:
             # Here and not with the batches: a training that goes on where it stopped hides the same stripes.
             inputs["input_features"] = spec_augment(inputs["input_features"])
         gated_steps = self.state.global_step - self.args.ungated_steps
+        is_noise = inputs.pop("is_noise")
         outputs = model(**inputs, gated=gated_steps >= 0)
         loss = outputs.loss
         if gated_steps >= 0:
             reached = min(1.0, gated_steps / max(self.args.gate_ramp_steps, 1))
             loss = loss - (1 - reached) * self.args.gate_loss_weight * outputs.gate_loss
             macs = self.accelerator.unwrap_model(model).count_macs().modules
-            loss = loss + reached * self.args.shut_loss_weight * shut_loss(outputs, inputs["labels"], macs)
+            loss = loss + reached * self.args.shut_loss_weight * shut_loss(outputs, is_noise, macs)
+        if self.teacher is not None and model.training:
+            said = self.teacher(inputs["input_features"], inputs["attention_mask"], gated=False)
+            loss = loss + self.args.distillation_weight * distance_of_answers(outputs, said, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
+
+
+class NoiseCollator(KwsWindowDataCollator):
+    """Says beside what the model takes which windows are of noise alone."""
+
+    def __call__(self, windows) -> dict[str, torch.Tensor]:
+        return {**super().__call__(windows), "is_noise": torch.tensor([w["kind"] == "noise" for w in windows])}
 
 
 class KeptWindows(Dataset):
     """Windows with their features, which are computed once: most of the time of a small model's step goes there."""
 
-    def __init__(self, windows: KwsWindowDataset, collator: KwsWindowDataCollator):
+    def __init__(self, windows: KwsWindowDataset, collator: NoiseCollator):
         self.windows, self.collator, self.kept = windows, collator, {}
 
     def __len__(self) -> int:
@@ -213,27 +255,44 @@ def main(recipe: RecipeArguments, args: GatedTrainingArguments):
         augmenter=KwsAugmenter(max_margin=0.0, noise_probability=0.0) if recipe.augment else None,
         seed=args.seed,
     )
-    extractor = normalising_extractor(train_windows, recipe.num_mel_bins)
-    collator = KwsWindowDataCollator(extractor)
-    model = GatedConformerForKeywordDetection(
-        GatedConformerConfig(
-            hidden_size=recipe.hidden_size,
-            num_hidden_layers=recipe.num_hidden_layers,
-            intermediate_size=recipe.intermediate_size,
-            num_mel_bins=recipe.num_mel_bins,
-            gate_loss_weight=args.gate_loss_weight,
-            gate_cost=recipe.gate_cost,
-            gate_noise_factor=recipe.gate_noise_factor,
-            gate_open_probability=recipe.gate_open_probability,
-            id2label=dict(enumerate(words)),
-            label2id=label2id,
+    gate_settings = {
+        "gate_loss_weight": args.gate_loss_weight,
+        "gate_cost": recipe.gate_cost,
+        "gate_noise_factor": recipe.gate_noise_factor,
+        "gate_open_probability": recipe.gate_open_probability,
+    }
+    teacher = None
+    if recipe.model is None:
+        extractor = normalising_extractor(train_windows, recipe.num_mel_bins)
+        model = GatedConformerForKeywordDetection(
+            GatedConformerConfig(
+                hidden_size=recipe.hidden_size,
+                num_hidden_layers=recipe.num_hidden_layers,
+                intermediate_size=recipe.intermediate_size,
+                num_mel_bins=recipe.num_mel_bins,
+                id2label=dict(enumerate(words)),
+                label2id=label2id,
+                **gate_settings,
+            )
         )
-    )
+    else:
+        extractor = AutoFeatureExtractor.from_pretrained(recipe.model)
+        teacher = GatedConformerForKeywordDetection.from_pretrained(recipe.model)
+        if teacher.config.label2id != label2id:
+            raise ValueError(f"`--model` ({recipe.model}) knows other words than the data: {teacher.config.label2id}.")
+        model = GatedConformerForKeywordDetection(
+            GatedConformerConfig(**{**teacher.config.to_dict(), **gate_settings})
+        )
+        # Gates that were never asked have learned nothing.
+        learned = {name: weight for name, weight in teacher.state_dict().items() if ".gates." not in name}
+        model.load_state_dict(learned, strict=False)
+    collator = NoiseCollator(extractor)
     trainer = GatedTrainer(
         model=model,
         args=args,
         train_dataset=KeptWindows(train_windows, collator) if recipe.kept_windows else train_windows,
         data_collator=joined if recipe.kept_windows else collator,
+        teacher=teacher,
         processing_class=extractor,
     )
     checkpoint = args.resume_from_checkpoint
@@ -243,13 +302,20 @@ def main(recipe: RecipeArguments, args: GatedTrainingArguments):
         held_out = KwsWindowDataset(
             eval_rows, eval_noises, label2id, num_windows=recipe.num_eval_windows, seed=args.seed + 1
         )
-        report(model, list(held_out), collator, args.per_device_eval_batch_size, recipe.num_timed_windows)
+        report(
+            model,
+            list(held_out),
+            KwsWindowDataCollator(extractor),
+            args.per_device_eval_batch_size,
+            recipe.num_timed_windows,
+        )
 
 
 def read_arguments(words: list[str]) -> tuple[RecipeArguments, GatedTrainingArguments]:
     if "--small" in words:
+        setting = SMALL | (SMALL_WITH_GATES if "--model" in words else SMALL_WITHOUT_GATES)
         # The last of two values counts.
-        words = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))] + words
+        words = [word for name, value in setting.items() for word in (f"--{name}", str(value))] + words
     return HfArgumentParser((RecipeArguments, GatedTrainingArguments)).parse_args_into_dataclasses(words)
 
 

@@ -104,10 +104,39 @@ def test_clips_that_are_only_trained_on(recipe, folders, tmp_path, capsys):
     assert "22 clips to train on, 2 to evaluate on" in capsys.readouterr().out
 
 
-def test_gates_of_windows_without_a_word_are_shut_however_open_they_are(recipe):
+def test_goes_on_from_a_model_without_gates(recipe, folders, tmp_path):
+    """Its weights but for the gates, which begin anew, and its features; and words that it doesn't know are refused."""
+    run(recipe, folders, tmp_path / "ungated", ungated_steps=4)
+    options = {"model": tmp_path / "ungated", "ungated_steps": 0, "gate_open_probability": 0.7}
+    run(recipe, folders, tmp_path / "gated", learning_rate=0.0, **options)
+    before, after = (AutoModelForAudioClassification.from_pretrained(tmp_path / name) for name in ("ungated", "gated"))
+    assert torch.equal(after.classifier.weight, before.classifier.weight)
+    run_odds, leave_odds = after.layers[0].gates.bias[:2].tolist()
+    assert torch.tensor(run_odds - leave_odds).sigmoid() == pytest.approx(0.7, abs=1e-4)
+    means = [AutoFeatureExtractor.from_pretrained(tmp_path / name).mean for name in ("ungated", "gated")]
+    assert means[0] == means[1]
+    others = write_clips(tmp_path, [{"text": "go", "speaker": str(i)} for i in range(4)])
+    with pytest.raises(ValueError, match=r"`--model` .*knows other words"):
+        run(recipe, (others, folders[1]), tmp_path / "others", **options)
+
+
+def test_gates_stay_near_the_answers_of_the_model_without(recipe):
+    """The distance is least, its own entropy, where the answers are the same; of windows without a word it asks no name."""
+    said = GatedConformerOutput(detection_logits=torch.tensor([[2.0], [-2.0]]), class_logits=torch.randn(2, 1, 3))
+    labels = torch.tensor([1, -100])
+    least = recipe.distance_of_answers(said, said, labels)
+    for name in ("detection_logits", "class_logits"):
+        moved = GatedConformerOutput(**{**said, name: said[name] + torch.randn(said[name].shape)})
+        assert recipe.distance_of_answers(moved, said, labels) > least
+    named = said.class_logits + torch.tensor([0.0, 1.0])[:, None, None] * torch.randn(3)
+    moved = GatedConformerOutput(**{**said, "class_logits": named})
+    torch.testing.assert_close(recipe.distance_of_answers(moved, said, labels), least)
+
+
+def test_gates_of_windows_of_noise_are_shut_however_open_they_are(recipe):
     odds = torch.tensor([[[8.0, -2.0]], [[8.0, -2.0]]], requires_grad=True)
     outputs = GatedConformerOutput(gate_probabilities=odds.sigmoid())
-    recipe.shut_loss(outputs, torch.tensor([-100, 2]), macs=(3, 1)).backward()
+    recipe.shut_loss(outputs, torch.tensor([True, False]), macs=(3, 1)).backward()
     # The cross-entropy's gradient is the probability, here of a module with three quarters of the work and one of two windows.
     expected = odds.detach().sigmoid() * torch.tensor([0.75, 0.25]) * torch.tensor([0.5, 0.0])[:, None, None]
     torch.testing.assert_close(odds.grad, expected, atol=0, rtol=1e-3)
@@ -117,5 +146,7 @@ def test_a_small_setting_gives_way_to_what_is_given(recipe):
     words = ["--data", "clips", "--noise", "noise", "--small", "--use_cpu", "True"]
     _, small = recipe.read_arguments(words)
     _, changed = recipe.read_arguments([*words, "--max_steps", "7"])
-    assert (small.max_steps, changed.max_steps) == (recipe.SMALL["max_steps"], 7)
-    assert changed.ungated_steps == small.ungated_steps == recipe.SMALL["ungated_steps"]
+    _, gated = recipe.read_arguments([*words, "--model", "out"])
+    assert (small.max_steps, small.ungated_steps, changed.max_steps) == (2_400, 2_400, 7)
+    assert (gated.max_steps, gated.ungated_steps) == (1_500, 0)
+    assert changed.gate_loss_weight == gated.gate_loss_weight == recipe.SMALL["gate_loss_weight"]
