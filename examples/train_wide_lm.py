@@ -3,7 +3,7 @@ Trains a small language model with wide MLPs from scratch, on rows of text: the 
 
 Most of its weights are in MLPs that are eight times as wide as the model, and it reads the same few megabytes often enough for
 those to hold what they can, as the MLPs of large models do. With grade-school problems (GSM8K, MIT,
-https://huggingface.co/datasets/openai/gsm8k) one core that multiplies in bfloat16 takes half an hour:
+https://huggingface.co/datasets/openai/gsm8k) one core that multiplies in bfloat16 takes three quarters of an hour:
 
     python examples/train_wide_lm.py --data path/to/gsm8k/train.jsonl --columns question answer --output_dir out/wide-lm
 

@@ -223,6 +223,10 @@ def tables(rows: list[dict[str, Any]], dense_before: float) -> tuple[list[Table]
             values = [v for points in by_seed.values() if (v := at_share(points, share)) is not None]
             cells.append(summary(values) if values else None)
         comparison.append(cells)
+    own = []
+    for name in (n for n in contenders if n.partition(" ")[2]):
+        points = [row["points"][0] for row in rows if row["contender"] == name]
+        own.append([name, len(points), *(summary([p[key] for p in points]) for key in ("share", "perplexity"))])
     knob = []
     for sensitivity in SENSITIVITIES:
         points = [
@@ -250,6 +254,7 @@ def tables(rows: list[dict[str, Any]], dense_before: float) -> tuple[list[Table]
             "Mean and 95 % interval over seeds, interpolated between measured shares of the MLPs' neurons. All are trained on the same "
             "tokens with next-token loss and distillation from the dense model.",
         ),
+        Table("One model each: what they use", ["contender", "seeds", "share of the MLPs", "perplexity"], own),
         Table(
             "The knob: `routed`, one fine-tune for all sensitivities",
             [
