@@ -8,6 +8,7 @@ from transformers import AutoProcessor, BertTokenizer, DistilBertConfig, PreTrai
 from hf_ext import (
     DspForKeywordSpotting,
     DspKwsConfig,
+    KwsDataCollator,
     KwsFeatureExtractor,
     KwsPairDataset,
     KwsProcessor,
@@ -134,14 +135,17 @@ def test_the_trainer_trains_it_and_phonemes_are_those_of_the_text(processor, tmp
 
 
 def test_made_up_confusables_are_no_words(processor, tmp_path):
-    run = KwsTrainer(
-        model=small_model(),
-        args=KwsTrainingConfig(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True),
-        train_dataset=KwsPairDataset(UTTERANCES, shares={"confusable": 1}),
-        processing_class=processor,
-    )
+    """The trainer refuses them before the first step, and the processor where it meets one."""
+    pairs = KwsPairDataset(UTTERANCES, shares={"confusable": 1})
+    with pytest.raises(ValueError, match=r"`train_dataset` has the kind 'confusable'.*leave it out of the `shares`"):
+        KwsTrainer(
+            model=small_model(),
+            args=KwsTrainingConfig(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True),
+            train_dataset=pairs,
+            processing_class=processor,
+        )
     with pytest.raises(ValueError, match="leave them out, also the kind 'confusable'"):
-        run.train()
+        KwsDataCollator(processor)([pairs[0]])
 
 
 @pytest.mark.parametrize("chosen", ["contrastive", "utterance"])
