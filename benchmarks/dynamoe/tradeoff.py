@@ -7,9 +7,9 @@ fine-tuned, all trained on the same tokens with the same losses.
 The text is the model's own (temperature 0.8), made once beside the results and not committed. `routed` is one fine-tune for
 all sensitivities; `routed 0.65` is one for that sensitivity alone, as in the paper's table, and `budget 0.5` one for that share
 of the MLPs. Their routers learn from the loss of the routed model, those of `nearness` from the measured nearness alone, as in the
-paper. `fixed 0.5` is an MLP cut to half its neurons, and `elastic` one fine-tune for all widths without routers; `random` sends tokens to experts without regard to them, at
-all shares. Every run is a row that is written as it ends; a second call does only what is missing, and runs of different
-`--seeds` may go side by side.
+paper. `fixed 0.5` is an MLP cut to half its neurons, and `elastic` one fine-tune for all widths without routers; `random` sends
+tokens to experts without regard to them, at all shares. Every run is a row that is written as it ends; a second call does only
+what is missing, and runs of different `--seeds` may go side by side.
 """
 
 from __future__ import annotations

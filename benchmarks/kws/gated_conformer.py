@@ -3,8 +3,8 @@ What the gates of the conformer skip, what that costs in accuracy, and whether t
 
 Windows of words and of background that training never saw, as `examples/train_gated_conformer.py` holds them out, are put
 to a model trained with gates, at several thresholds, and to one trained alike without (as many steps, from the same model,
-`--ungated_steps` as many as `--max_steps`). All contenders take turns within one run, one window at a time on one thread; times are medians, without
-the features.
+`--ungated_steps` as many as `--max_steps`). All contenders take turns within one run, one window at a time on one thread;
+times are medians, without the features.
 
     python -m benchmarks.kws.gated_conformer --model out/gated --baseline out/ungated --data speech_commands --noise noise
 """

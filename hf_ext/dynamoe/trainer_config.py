@@ -142,9 +142,11 @@ class DynaMoeTrainingConfig(SFTConfig):
         given = f"`active_fraction`={self.active_fraction}"
         if not 0 < self.active_fraction <= 1:  # type: ignore[operator]
             raise ValueError(f"{given} must be above 0 and at most 1: it is a share of the MLPs.")
-        if self.sensitivity is None:
+        # At 0 and 1 the smallest and the whole expert are taken whatever routers say.
+        if self.sensitivity in (None, 0, 1):
             raise ValueError(
-                f"{given} is a budget at one `sensitivity`: give the one that it will be used at, such as 0.7."
+                f"{given} is a budget at one `sensitivity` between 0 and 1, got {self.sensitivity}: give the one that it will be "
+                "used at, such as 0.7."
             )
         if not self.straight_through or not self.budget_weight:
             raise ValueError(

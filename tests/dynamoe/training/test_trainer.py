@@ -307,8 +307,11 @@ def test_budgets_that_nothing_keeps_are_refused(tmp_path):
     for share in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=f"`active_fraction`={share} must be above 0"):
             settings(tmp_path, active_fraction=share, sensitivity=0.5)
-    with pytest.raises(ValueError, match=r"`active_fraction`=0\.5 is a budget at one `sensitivity`"):
-        settings(tmp_path, active_fraction=0.5)
+    for sensitivity in (None, 0.0, 1.0):
+        with pytest.raises(
+            ValueError, match=rf"`active_fraction`=0\.5 is a budget at one `sensitivity`.*got {sensitivity}"
+        ):
+            settings(tmp_path, active_fraction=0.5, sensitivity=sensitivity)
     with pytest.raises(ValueError, match=r"needs `straight_through=True`.*got False"):
         settings(tmp_path, active_fraction=0.5, sensitivity=0.5, straight_through=False)
     with pytest.raises(ValueError, match=r"at least the share of the smallest expert.*ordinal routers"):
