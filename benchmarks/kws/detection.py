@@ -1,9 +1,10 @@
 """
 How well typed phrases are told from others, in recordings of words that a model never heard.
 
-Every clip of every folder is scored against what was said and against what was not: the other texts of the folder, frequent
-words and runs of words of a text drawn at random, and dictionary words one and two phonemes away (those that nobody could hear
-apart are left out). All pairs of a kind are pooled under one threshold. Beside the score stand its two parts, the matcher
+Every clip of every folder is scored against what was said and against what was not: the other texts of the folder, those of
+them that people said and that are two phonemes away or nearer, frequent words and runs of words of a text drawn at random, and
+dictionary words one and two phonemes away (those that nobody could hear apart are left out). Recordings with times of their words
+(a folder `alignments` beside them) are cut into runs of words, by LibriPhrase's rule. All pairs of a kind are pooled under one threshold. Beside the score stand its two parts, the matcher
 alone and the reading of the CTC layer alone, and what the length of a clip tells by itself. Clips go through the pipeline, as
 users' do: untrimmed, long ones in windows.
 
@@ -26,7 +27,15 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, pipeline
 
 from benchmarks.mtp.reporting import Table, last_part, write
-from hf_ext import PhoneticIndex, load_utterances, read_audio, shipped_model
+from hf_ext import (
+    PhoneticIndex,
+    load_utterances,
+    phonetic_distance,
+    phrases_of_words,
+    read_alignment,
+    read_audio,
+    shipped_model,
+)
 from hf_ext.metrics import bootstrap_interval, equal_error_rate, roc_auc
 
 
@@ -60,12 +69,20 @@ def negatives_of(
     length = max(len(phrase.split()) for phrase in said)
     random = [" ".join(draw.choices(words, k=max(min(length, 2), draw.choice([1, 1, 2])))) for _ in range(count)]
     found = {"other texts": draw.sample(apart, min(3 * count, len(apart))), "random phrases": random}
+    found["texts that sound near"] = [other for other in apart if any(sounds_near(other, phrase, near.tokenizer) for phrase in said)]
     if len(said) == 1:
         ring = near.nearest(said[0], 60, max_distance=2.0)
         for distance, name in ((1.0, "one phoneme away"), (2.0, "two phonemes away")):
             at = [neighbour.phrase for neighbour in ring if neighbour.distance == distance]
             found[name] = draw.sample(at, min(count, len(at)))
     return found
+
+
+def sounds_near(phrase: str, other: str, tokenizer: Any) -> bool:
+    """Whether two phonemes at most tell two phrases apart that share some."""
+    spoken, spoken_other = tokenizer.tokenize(phrase), tokenizer.tokenize(other)
+    distance = phonetic_distance(spoken, spoken_other, weighted=False)
+    return distance <= 2 and distance < max(len(spoken), len(spoken_other))
 
 
 def scores_of(spotter: Any, clips: list[torch.Tensor], phrases: list[list[str]]) -> list[np.ndarray]:
@@ -100,7 +117,11 @@ def of_length(clips: list[torch.Tensor], phrases: list[list[str]], tokenizer: An
 
 
 def clips_of(folder: str) -> list[dict[str, Any]]:
-    """Clips with the list of what is said in them: their text, or phrases that are heard among other words."""
+    """Clips with the list of what is said in them: runs of words, their text, or phrases that are heard among other words."""
+    if (times := Path(folder) / "alignments").is_dir():
+        files = [path for path in sorted(times.glob("*.json")) if not path.name.endswith(".phone.json")]
+        runs = [phrases_of_words(read_alignment(path), str(Path(folder) / f"{path.stem}.ogg")) for path in files]
+        return [{**row, "said": [row["text"]]} for run in runs for row in run]
     rows = [{**row, "said": [row["text"]]} for row in load_utterances(folder)]
     if rows:
         return rows
