@@ -69,7 +69,9 @@ def negatives_of(
     length = max(len(phrase.split()) for phrase in said)
     random = [" ".join(draw.choices(words, k=max(min(length, 2), draw.choice([1, 1, 2])))) for _ in range(count)]
     found = {"other texts": draw.sample(apart, min(3 * count, len(apart))), "random phrases": random}
-    found["texts that sound near"] = [other for other in apart if any(sounds_near(other, phrase, near.tokenizer) for phrase in said)]
+    found["texts that sound near"] = [
+        other for other in apart if any(sounds_near(other, phrase, near.tokenizer) for phrase in said)
+    ]
     if len(said) == 1:
         ring = near.nearest(said[0], 60, max_distance=2.0)
         for distance, name in ((1.0, "one phoneme away"), (2.0, "two phonemes away")):

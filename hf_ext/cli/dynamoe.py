@@ -15,7 +15,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ext.cli.dynamoe_bench import bench
 from hf_ext.cli.dynamoe_eval import evaluate
-from hf_ext.cli.dynamoe_rows import check_texts, check_tokens
 from hf_ext.cli.loading import chosen_device, load_base, load_nested, make_folder, short_name
 from hf_ext.cli.options import (
     DATASET_HELP,
@@ -28,11 +27,8 @@ from hf_ext.cli.options import (
     integers,
 )
 from hf_ext.cli.report import Table, rich_table
+from hf_ext.cli.training_rows import check_columns, check_texts, check_tokens
 from hf_ext.cli.training_text import load_rows, split_off
-
-
-# Where TRL looks for what is trained on.
-_TEXT_COLUMNS = {"conversations", "input_ids", "messages", "prompt", "text"}
 
 
 class Importance(StrEnum):
@@ -234,10 +230,7 @@ def train(
     if resume and (not output_dir.is_dir() or get_last_checkpoint(str(output_dir)) is None):
         raise typer.BadParameter(f"--resume finds no checkpoint in {output_dir}: leave it out to start anew.")
     rows = load_rows(dataset, split, dataset_config, max_rows)
-    if _TEXT_COLUMNS.isdisjoint(rows.column_names):
-        raise typer.BadParameter(
-            f"the dataset has none of the columns {', '.join(sorted(_TEXT_COLUMNS))}, only {rows.column_names}."
-        )
+    check_columns(rows)
     check_texts(rows)
     moe, tokenizer = load_nested(model, device, dtype)
     check_tokens(rows, moe.config.get_text_config().vocab_size)

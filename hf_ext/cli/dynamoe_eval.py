@@ -11,7 +11,6 @@ from rich.console import Console
 
 from hf_ext.cli.compare import describe_machine
 from hf_ext.cli.dynamoe_budgets import Budget, batches_of, measure, served_sensitivities, shaded_text
-from hf_ext.cli.dynamoe_rows import check_tokens
 from hf_ext.cli.dynamoe_views import (
     budgets_table,
     cheapest,
@@ -35,6 +34,7 @@ from hf_ext.cli.options import (
     ThreadsOption,
 )
 from hf_ext.cli.report import Block, Prose, Section, print_section, render_page, write_json
+from hf_ext.cli.training_rows import check_tokens
 from hf_ext.cli.training_text import load_rows, token_rows
 
 

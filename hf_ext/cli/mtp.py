@@ -10,8 +10,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from huggingface_hub import create_repo
+from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from transformers import TextStreamer
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ext.cli.compare import (
     MethodResult,
@@ -25,7 +28,7 @@ from hf_ext.cli.compare import (
 )
 from hf_ext.cli.demo_mtp import results_table, verdict
 from hf_ext.cli.demo_options import PROMPTS
-from hf_ext.cli.loading import load_base, load_pair, suitable_threads
+from hf_ext.cli.loading import load_base, load_pair, make_folder, suitable_threads
 from hf_ext.cli.options import (
     DATASET_HELP,
     DatasetConfigOption,
@@ -36,6 +39,7 @@ from hf_ext.cli.options import (
     ThreadsOption,
 )
 from hf_ext.cli.report import Table, rich_table
+from hf_ext.cli.training_rows import check_columns, check_texts, check_tokens
 from hf_ext.cli.training_text import load_rows, prompts_of, split_off
 
 
@@ -64,7 +68,7 @@ app = typer.Typer(
 def train(
     model: Annotated[str, typer.Option(help="Hub id or folder of the base model; it stays as it is.")],
     dataset: Annotated[str, typer.Option(help=DATASET_HELP)],
-    output_dir: Annotated[Path, typer.Option(help="Where the adapter goes.")] = Path("adapter"),
+    output_dir: Annotated[Path, typer.Option(file_okay=False, help="Where the adapter goes.")] = Path("adapter"),
     dataset_config: DatasetConfigOption = None,
     split: SplitOption = "train",
     max_rows: MaxRowsOption = None,
@@ -90,7 +94,7 @@ def train(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step and device.")] = 8,
     anchors: Annotated[int, typer.Option(min=1, help="Tokens per sequence with masks behind them.")] = 128,
     learning_rate: Annotated[
-        float, typer.Option(help="Peak learning rate; the smaller the model, the higher.")
+        float, typer.Option(min=0.0, help="Peak learning rate; the smaller the model, the higher.")
     ] = 2e-4,
     max_length: Annotated[int, typer.Option(min=2, help="Longer sequences are cut.")] = 1024,
     eval_rows: Annotated[int, typer.Option(min=0, help="Rows kept apart and decoded at the end.")] = 16,
@@ -108,8 +112,42 @@ def train(
     from hf_ext import GatedLoraConfig, MtpConfig, MtpTrainer, generate_completions
 
     console = Console()
+    if resume and (not output_dir.is_dir() or get_last_checkpoint(str(output_dir)) is None):
+        raise typer.BadParameter(f"--resume finds no checkpoint in {output_dir}: leave it out to start anew.")
     rows = load_rows(dataset, split, dataset_config, max_rows)
+    if not on_policy:
+        check_columns(rows)
+        check_texts(rows)
     base, tokenizer = load_base(model, device, dtype)
+    if not on_policy:
+        check_tokens(rows, base.config.get_text_config().vocab_size)
+    make_folder(output_dir)
+    try:
+        config = GatedLoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", num_masks=num_masks, task_type="CAUSAL_LM"
+        )
+        args = MtpConfig(
+            output_dir=str(output_dir),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            anchors_per_sequence=anchors,
+            learning_rate=learning_rate,
+            warmup_steps=max(1, steps // 20),
+            lr_scheduler_type="cosine",
+            max_length=max_length,
+            seed=seed,
+            bf16=base.device.type == "cuda" and torch.cuda.is_bf16_supported(),
+            use_cpu=base.device.type == "cpu",
+            logging_steps=min(20, steps),
+            save_total_limit=2,
+            hub_model_id=push_to_hub,
+            report_to="none",
+        )
+        if push_to_hub is not None:  # what can't be pushed to is said before the work, not behind it
+            create_repo(push_to_hub, exist_ok=True)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
     if on_policy:
         prompts = prompts_of(rows, tokenizer, prompts_from, prompt_tokens)
         rows = generate_completions(
@@ -120,35 +158,17 @@ def train(
             max_new_tokens=completion_tokens,
         )
     train_rows, held_out = split_off(rows, eval_rows, seed)
-    config = GatedLoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", num_masks=num_masks, task_type="CAUSAL_LM"
-    )
-    args = MtpConfig(
-        output_dir=str(output_dir),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        anchors_per_sequence=anchors,
-        learning_rate=learning_rate,
-        warmup_steps=max(1, steps // 20),
-        lr_scheduler_type="cosine",
-        max_length=max_length,
-        seed=seed,
-        bf16=base.device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        use_cpu=base.device.type == "cpu",
-        logging_steps=min(20, steps),
-        save_total_limit=2,
-        hub_model_id=push_to_hub,
-        report_to="none",
-    )
-    trainer = MtpTrainer(
-        model=base,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=held_out,
-        peft_config=config,
-        processing_class=tokenizer,
-    )
+    try:
+        trainer = MtpTrainer(
+            model=base,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=held_out,
+            peft_config=config,
+            processing_class=tokenizer,
+        )
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
     if held_out is not None:

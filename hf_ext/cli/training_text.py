@@ -122,7 +122,7 @@ def prompts_of(rows: Dataset, tokenizer: Any, column: str | None = None, num_tok
             See above.
 
     Raises:
-        typer.BadParameter: where there is no such column.
+        typer.BadParameter: where there is no such column, or what stands in it is no prompt.
     """
     if column is None:
         column = next((name for name in _PROMPT_COLUMNS if name in rows.column_names), "text")
@@ -134,7 +134,14 @@ def prompts_of(rows: Dataset, tokenizer: Any, column: str | None = None, num_tok
             f"the dataset has no column {column!r} to take prompts from, only {rows.column_names}: name one with "
             "--prompts-from."
         )
-    prompts = [_token_ids(value, tokenizer)[:limit] for value in rows[column] if value]
+    values = list(rows[column])
+    for number, value in enumerate(values):
+        if not isinstance(value, (str, list, type(None))):
+            raise typer.BadParameter(
+                f"row {number} of the dataset has the prompt {value!r} in its column {column!r}, which is neither text nor "
+                "a list of messages."
+            )
+    prompts = [_token_ids(value, tokenizer)[:limit] for value in values if value]
     prompts = [ids for ids in prompts if ids]
     if not prompts:
         raise typer.BadParameter(f"every row's {column!r} is empty.")

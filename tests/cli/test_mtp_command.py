@@ -136,6 +136,43 @@ class TestTrain:
         assert outcome.exit_code == 2
         assert "can't load a dataset from" in outcome.output
 
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            (("--learning-rate", -1), "learning-rate"),
+            (("--resume",), "--resume finds no checkpoint"),
+            (("--dtype", "float7"), "float7"),
+            (("--push-to-hub", "not a name"), "not a name"),
+        ],
+    )
+    def test_bad_settings_are_refused_before_any_text_is_written(self, base_folder, dataset, tmp_path, more, said):
+        outcome = self.train(base_folder, dataset, tmp_path / "out", *more)
+        assert outcome.exit_code == 2, outcome.output
+        assert said in outcome.output
+        assert not (tmp_path / "out" / "completions.jsonl").exists()
+
+    @pytest.mark.parametrize(
+        ("rows", "said"),
+        [
+            ([{"answer": "a"}] * 4, "has none of the columns"),
+            ([{"text": "a"}, {"text": None}, {"text": "b"}], "row 1 of the dataset has no text"),
+            ([{"input_ids": [1, 2]}, {"input_ids": [1, 100_000]}], "holds the token 100000"),
+        ],
+    )
+    def test_rows_that_cannot_be_read(self, base_folder, tmp_path, rows, said):
+        pytest.importorskip("trl")
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        outcome = self.train(base_folder, file, tmp_path / "out", "--no-on-policy")
+        assert outcome.exit_code == 2, outcome.output
+        assert said in outcome.output
+
+    def test_an_output_that_is_a_file(self, base_folder, dataset, tmp_path):
+        (tmp_path / "out").write_text("")
+        outcome = self.train(base_folder, dataset, tmp_path / "out")
+        assert outcome.exit_code == 2
+        assert "is a file" in outcome.output
+
 
 class TestRows:
     @pytest.fixture(autouse=True)
@@ -194,6 +231,8 @@ class TestRows:
         assert len(prompts_of(texts, tokenizer, "text", num_tokens=5)[0]) == len("hello there")
         with pytest.raises(typer.BadParameter, match="no column 'other'"):
             prompts_of(texts, tokenizer, "other")
+        with pytest.raises(typer.BadParameter, match="row 0 of the dataset has the prompt 3"):
+            prompts_of(Dataset.from_dict({"prompt": [3]}), tokenizer)
 
     def test_conversations_are_cut_before_the_last_answer(self, tokenizer, monkeypatch):
         from datasets import Dataset

@@ -1,4 +1,4 @@
-"""Rows that a nested model can't read, said before it reads them."""
+"""Rows that a trainer can't read, said before any work is done on them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,27 @@ import typer
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+# Where TRL looks for what is trained on.
+_COLUMNS = {"conversations", "input_ids", "messages", "prompt", "text"}
+
+
+def check_columns(rows: Dataset) -> None:
+    """
+    Refuses rows without a column that is trained on.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            The dataset.
+
+    Raises:
+        typer.BadParameter: naming the columns that there are.
+    """
+    if _COLUMNS.isdisjoint(rows.column_names):
+        raise typer.BadParameter(
+            f"the dataset has none of the columns {', '.join(sorted(_COLUMNS))}, only {rows.column_names}."
+        )
 
 
 def check_texts(rows: Dataset) -> None:
