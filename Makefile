@@ -6,6 +6,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 MODEL ?= $(HF_EXT_SHARED_DATA)/stories260k
+SPEECH ?= $(HF_EXT_SHARED_DATA)/speech
+TEXT ?= $(HF_EXT_SHARED_DATA)/text
 ADAPTER ?= out/stories260k-mtp
 STEPS ?= 1000
 DEMO_ARGS ?=
@@ -64,7 +66,7 @@ format: $(VENV)/.dev  ## Format the code and fix what lint can fix.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## Measure what benchmarks/README.md lists; MODEL=... ADAPTER=... name a model and its adapter.
+bench: $(VENV)/.dev  ## Measure what benchmarks/README.md lists; MODEL, ADAPTER, SPEECH and TEXT name what on.
 	$(BENCH)/prompts.py --model $(MODEL) --training_text $(ADAPTER)
 	$(BENCH)/acceptance.py --model $(MODEL) --adapter $(ADAPTER) --training_text $(ADAPTER)
 	$(BENCH)/wall_clock.py --model $(MODEL) --adapter $(ADAPTER) --draft_model tiny-lm $(BENCH_ARGS)
@@ -72,6 +74,11 @@ bench: $(VENV)/.dev  ## Measure what benchmarks/README.md lists; MODEL=... ADAPT
 	$(BENCH)/ablations.py --model $(MODEL) --training_text $(ADAPTER) --steps $(STEPS)
 	$(BIN)/python -m benchmarks.dynamoe.speed
 	$(BIN)/python -m benchmarks.dynamoe.tradeoff --model $(MODEL)
+	$(BIN)/python -m benchmarks.dynamoe.routers --model $(MODEL)
+	$(BIN)/python -m benchmarks.kws.cost
+	$(BIN)/python -m benchmarks.kws.detection --max_clips 400 \
+	  --folders $(addprefix $(SPEECH)/,speech_commands wake_words spoken_digits coffee_orders sentences) \
+	  --text_files $(TEXT)/wikitext2/valid.txt $(TEXT)/librispeech_dev_clean/transcripts.txt
 
 clean:  ## Remove the environment and what was built.
 	rm -rf $(VENV) $(VENV_TORCHAUDIO) build dist .pytest_cache .mypy_cache .ruff_cache
