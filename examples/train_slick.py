@@ -6,11 +6,17 @@ paper on clips in rooms, noise and silence. Changed clips from the start would t
 
 The synthesisers are Debian's: `apt-get install -y espeak-ng flite mbrola libttspico-utils mbrola-us1 mbrola-us2 mbrola-us3
 mbrola-en1`, some of them in its non-free part. The shipped model heard English with the accents of further voices too:
-`mbrola-{af1,de1,de2,de3,de4,de5,de6,fr1,fr4,gr2,hu1,nl2,pl1,ro1,sw1,sw2}`. `--small` with `--seed 0` is its setting, about three
-quarters of an hour on two cores; without it the settings are those of the paper's
-re-implementation (50,000 steps of 1,024 pairs), for a GPU and much more speech, such as LibriPhrase (`build_libriphrase`):
+`mbrola-{af1,de1,de2,de3,de4,de5,de6,fr1,fr4,gr2,hu1,nl2,pl1,ro1,sw1,sw2}`. `--small` with `--seed 0` is how it began, about three
+quarters of an hour on two cores, and with other phrases, spoken anew, it went on for one to two hours:
 
-    python examples/train_slick.py --small --text_files text/*.txt --noise noise --eval_folders speech_commands wake_words
+    python examples/train_slick.py --small --seed 0 --output_dir out/first --text_files text/*.txt --noise noise --eval_folders ...
+    python examples/train_slick.py --small --seed 1 --model out/first --max_steps 5000 --learning_rate 1.2e-3 --warmup_steps 200 \
+        --output_dir out/slick --text_files text/*.txt --noise noise --eval_folders ...
+
+Without `--small` the settings are those of the paper's re-implementation (50,000 steps of 1,024 pairs), for a GPU and much more
+speech, such as LibriPhrase (`build_libriphrase`):
+
+    python examples/train_slick.py --text_files text/*.txt --noise noise --eval_folders speech_commands wake_words
 
 Words that are said in the evaluation folders are never spoken for training. It is an ordinary training script: `accelerate
 launch` spreads it over processes, every training argument can be given, and called again with `--resume_from_checkpoint true` it
