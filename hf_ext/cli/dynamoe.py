@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,6 +105,7 @@ def convert(
     Turn a dense model into nested experts with routers, which computes the same until it is trained.
     """
     from hf_ext import convert_checkpoint_to_dynamoe, convert_to_dynamoe
+    from hf_ext.dynamoe.shards import appearing
 
     console = Console()
     if output_dir.exists() and Path(model).exists() and output_dir.resolve() == Path(model).resolve():
@@ -138,15 +138,11 @@ def convert(
         else:
             with console.status("Loading the model"):
                 dense, tokenizer = load_base(model, device, dtype)
-            # Beside its place, which it takes when it is complete.
-            with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as partial:
+            with appearing(output_dir) as folder:
                 moe = convert_to_dynamoe(dense, num_experts, processing_class=tokenizer, **settings)
                 receipt = moe.conversion_receipt
                 for part in (moe, tokenizer):
-                    part.save_pretrained(Path(partial) / "moe")
-                if output_dir.exists():
-                    output_dir.rmdir()
-                (Path(partial) / "moe").rename(output_dir)
+                    part.save_pretrained(folder)
     except (OSError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     console.print(rich_table(receipt_table(receipt, short_name(model))))

@@ -76,7 +76,7 @@ def load_base(name: str, device: str | None = None, dtype: str = "auto") -> tupl
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except UNLOADABLE as error:
         raise typer.BadParameter(f"can't load a causal language model from {name!r}: {error}") from error
     return model.to(device).eval(), tokenizer
 

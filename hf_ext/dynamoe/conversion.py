@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from .calibration import calibration_batches, check_calibration
 from .dense_model import beside, check_formula, dense_skeleton, nested_config
 from .importance import neuron_importance
+from .loading import files_named
 from .modeling_dynamoe import DynaMoeForCausalLM
 from .nested_mlp import mlp_places, projection_names
 
@@ -130,7 +131,8 @@ def convert_to_dynamoe(
         expert_widths = nested_config(dense_skeleton(model), num_experts, expert_widths, **settings).expert_widths
         if processing_class is None:
             processing_class = beside(AutoTokenizer, model, "tokenizer_config.json")
-        model = AutoModelForCausalLM.from_pretrained(model)
+        with files_named([f"those of '{model}'"]):
+            model = AutoModelForCausalLM.from_pretrained(model)
     config = nested_config(model, num_experts, expert_widths, **settings)
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError(

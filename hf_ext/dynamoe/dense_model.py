@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from .configuration_dynamoe import DynaMoeConfig, equal_widths, mlp_width
@@ -27,8 +28,14 @@ def dense_skeleton(name: str | os.PathLike[str]) -> PreTrainedModel:
         [`~transformers.PreTrainedModel`] on the device `meta`.
 
     Raises:
-        ValueError: for a configuration of a model that is nested or quantised already, or no causal language model.
+        ValueError: for an adapter, and a configuration of a model that is nested or quantised already, or no causal language
+            model.
     """
+    if cached_file(name, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None:
+        raise ValueError(
+            f"'{name}' holds an adapter ({ADAPTER_CONFIG_NAME}), whose weights wouldn't follow the neurons: merge it and save the "
+            "merged model, or convert the dense model alone and put the adapter onto the result."
+        )
     config = AutoConfig.from_pretrained(name)
     if config.model_type == DynaMoeConfig.model_type:
         raise ValueError(f"'{name}' is a DynaMoE model already: convert the dense model that it was made of.")

@@ -110,8 +110,8 @@ def convert_checkpoint_to_dynamoe(
             "model and use `convert_to_dynamoe`."
         )
     try:  # not behind hours of ranking
-        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
-    except ValueError as error:
+        split_torch_state_dict_into_shards({"weight": torch.empty(1)}, max_shard_size=max_shard_size)
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"`max_shard_size` must be a number of bytes or a text such as '5GB', got {max_shard_size!r} ({error})"
         ) from error
@@ -134,24 +134,23 @@ def convert_checkpoint_to_dynamoe(
     moe = DynaMoeForCausalLM(config, dense)  # routers have weights, all else has none
     source = _Source(moe, files)
     placed = {"device_map": device_map, "max_memory": max_memory}
-    if importance == "none":
-        scores = neuron_importance(dense, [mlp.dense for mlp in moe.nested_mlps()], batches, importance).scores
-        orders = None
-    else:
-        with _loaded(model, placed) as running:
-            probe = probe_tokens(running, batches)
-            mlps = [getattr(parent, name) for parent, name in mlp_places(running, running.config)]
-            check_formula(running, mlps, probe)
-            before = logits_of(running, probe).cpu()
-            # Of activations alone: weights are there only while their layer runs.
-            calibration = neuron_importance(running, mlps, batches, "activation", disable_tqdm)
-        scores, config.output_norms = calibration.scores, calibration.output_norms
-        if importance == "activation_norm":
-            outputs = [f"{name}.dense.{mlp.output}.weight" for name, mlp in _named_mlps(moe)]
-            scores = [s * source.read(o).double().norm(dim=0) for s, o in zip(scores, outputs, strict=True)]
-        orders = [score.argsort(descending=True, stable=True) for score in scores]
-
-    with _appearing(Path(output_dir)) as folder:
+    with appearing(Path(output_dir)) as folder:  # which may turn out not to, before hours of ranking
+        if importance == "none":
+            scores = neuron_importance(dense, [mlp.dense for mlp in moe.nested_mlps()], batches, importance).scores
+            orders = None
+        else:
+            with _loaded(model, placed) as running:
+                probe = probe_tokens(running, batches)
+                mlps = [getattr(parent, name) for parent, name in mlp_places(running, running.config)]
+                check_formula(running, mlps, probe)
+                before = logits_of(running, probe).cpu()
+                # Of activations alone: weights are there only while their layer runs.
+                calibration = neuron_importance(running, mlps, batches, "activation", disable_tqdm)
+            scores, config.output_norms = calibration.scores, calibration.output_norms
+            if importance == "activation_norm":
+                outputs = [f"{name}.dense.{mlp.output}.weight" for name, mlp in _named_mlps(moe)]
+                scores = [s * source.read(o).double().norm(dim=0) for s, o in zip(scores, outputs, strict=True)]
+            orders = [score.argsort(descending=True, stable=True) for score in scores]
         _write_weights(moe, source, orders, folder, max_shard_size, disable_tqdm)
         config.architectures = [type(moe).__name__]
         custom_object_save(moe, folder, config=config)
@@ -314,14 +313,28 @@ def _loaded(name: Any, placed: dict[str, Any]) -> Iterator[PreTrainedModel]:
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder beside the one wanted, which takes its name when the block ends well and else disappears."""
-    partial = folder.absolute().parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
+def appearing(folder: Path) -> Iterator[Path]:
+    """
+    A folder that is there when it is complete, and not before.
+
+    Args:
+        folder (`Path`):
+            Where: nothing yet, or an empty folder, which is filled and not replaced. It may be a link, a mounted disk or the
+            folder that somebody works in.
+
+    Returns:
+        `Path`: the folder to write into, whose files take their place when the block ends well and else disappear.
+    """
+    folder = folder.resolve()
+    is_there = folder.is_dir()
+    partial = (folder if is_there else folder.parent) / f".{folder.name}-{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
     try:
         yield partial
-        if folder.is_dir():  # an empty one
-            folder.rmdir()
-        partial.rename(folder)
+        if is_there:
+            for part in list(partial.iterdir()):
+                part.rename(folder / part.name)
+        else:
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

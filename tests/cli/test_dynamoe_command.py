@@ -120,6 +120,17 @@ class TestConvert:
         says(invoke(*convert), f"--output-dir {tmp_path} is not empty", "take another")
         assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
 
+    def test_an_empty_folder_is_filled_even_where_one_stands_in_it(self, base_folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        outcome = invoke("convert", "--model", base_folder, "--importance", "none", "--output-dir", ".")
+        assert outcome.exit_code == 0, outcome.output
+        assert (tmp_path / "config.json").exists() and not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+    def test_a_dense_model_that_is_cut_off(self, base_folder, tmp_path):
+        for file in base_folder.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes()[: 100 if file.suffix == ".safetensors" else None])
+        says(invoke("convert", "--model", tmp_path, "--importance", "none"), "can't load", str(tmp_path))
+
     def test_nothing_is_left_of_a_conversion_that_ends_halfway(self, base_folder, tmp_path, monkeypatch):
         def full(*_, **__):
             raise OSError(28, "No space left on device")

@@ -340,6 +340,13 @@ def test_a_truncated_file(size, saved):
         AutoModelForCausalLM.from_pretrained(saved)
 
 
+def test_a_truncated_file_of_a_dense_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    refuse(tmp_path, [tmp_path, "is truncated, damaged or a Git LFS pointer"])
+
+
 def test_a_shard_that_is_absent(tmp_path):
     tiny_moe().save_pretrained(tmp_path, max_shard_size="20KB")
     gone = sorted(tmp_path.glob("*.safetensors"))[1]

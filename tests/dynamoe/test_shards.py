@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -149,8 +150,9 @@ def test_what_cannot_be_converted_leaves_nothing_behind(tmp_path):
     refuse(source, target, ["'taylor'", "convert_to_dynamoe"], importance="taylor", calibration_dataset=["text"])
     refuse(source, target, ["`calibration_dataset`"], importance="activation_norm")
     unread = (1 / 0 for _ in range(1))
-    words = ["`max_shard_size`", "'5GB'", "got '5 gigs'"]
-    refuse(source, target, words, max_shard_size="5 gigs", importance="activation_norm", calibration_dataset=unread)
+    for size in ("5 gigs", None):
+        words = ["`max_shard_size`", "'5GB'", f"got {size!r}"]
+        refuse(source, target, words, max_shard_size=size, importance="activation_norm", calibration_dataset=unread)
     refuse(source, target, ["no text"], importance="activation_norm", calibration_dataset=[])
     refuse(source, source, ["`output_dir`", "not empty"])
     with pytest.raises(
@@ -190,6 +192,46 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
             tmp_path / "dense", tmp_path / "moe", importance="none", max_shard_size="20KB", **OPTIONS
         )
     assert len(saved) == 2 and [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("kind", ["empty", "link", "link to nothing", "working folder"])
+def test_it_fills_the_folder_that_is_meant(kind, tmp_path, monkeypatch):
+    """Wherever that lies: to take its place instead may be impossible, and all of the work lost."""
+    tiny_model().save_pretrained(tmp_path / "dense")
+    meant, named = tmp_path / "meant", tmp_path / "meant"
+    if kind != "link to nothing":
+        meant.mkdir()
+    if kind.startswith("link"):
+        named = tmp_path / "link"
+        named.symlink_to(meant)
+    if kind == "working folder":
+        monkeypatch.chdir(meant)
+        named = "."
+    before = meant.stat().st_ino if meant.exists() else None
+    convert_checkpoint_to_dynamoe(tmp_path / "dense", named, importance="none", **OPTIONS)
+    assert AutoModelForCausalLM.from_pretrained(meant).config.expert_widths == WIDTHS
+    assert before in (None, meant.stat().st_ino) and not [path for path in meant.iterdir() if path.is_dir()]
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_neurons_are_ranked(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "dense")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(shards, "neuron_importance", lambda *_: 1 / 0)
+    with pytest.raises(OSError, match="Not a directory"):
+        convert_checkpoint_to_dynamoe(
+            tmp_path / "dense", tmp_path / "file" / "moe", calibration_dataset=calibration_rows(), **OPTIONS
+        )
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    """Neurons would be ranked with it, and files would come out without."""
+    source = tmp_path / "dense"
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["down_proj"]))
+    adapted.save_pretrained(source)
+    words = [str(source), "holds an adapter (adapter_config.json)", "merge it"]
+    refuse(source, tmp_path / "moe", words)
+    adapted.unload().save_pretrained(source)
+    refuse(source, tmp_path / "moe", words)
 
 
 def test_memory_is_that_of_a_shard(tmp_path):
