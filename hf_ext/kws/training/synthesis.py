@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from hf_ext._extras import missing_extra
 from hf_ext.kws.audio_input import check_sampling_rate, resample, to_mono_float
 from hf_ext.kws.g2p import check_phonemes, pronunciations
+from hf_ext.kws.spelling import spell_out
 
 
 # The program that has to be there, and the Debian packages that bring it and its voices.
@@ -59,6 +60,8 @@ _ESPEAK_PHONEMES = {
     "IY": "i:", "OW": "oU", "OY": "OI", "UH": "U", "UW": "u:", "CH": "tS", "DH": "D", "HH": "h", "JH": "dZ", "NG": "N",
     "R": "r", "SH": "S", "TH": "T", "Y": "j", "ZH": "Z",
 }  # fmt: skip
+# What each engine reads as its phonemes are, and better with its punctuation.
+_PLAIN = re.compile(r"[A-Za-z\s.,;:!?'\"-]*")
 _COLUMNS = ("file_name", "text", "speaker", "engine", "speed", "pitch", "duration_s")
 _SECONDS_PER_CLIP = 60
 
@@ -281,19 +284,20 @@ def _festival_voices() -> list[str]:
 
 def _command(clip: SpokenClip, output: str) -> tuple[list[str], str]:
     """What to run, and the text for its standard input."""
+    said = _in_words(clip.text)
     if clip.engine in _PHONEME_ENGINES:
         speed, pitch = round(_ESPEAK_WORDS_PER_MINUTE * clip.speed), min(round(50 * clip.pitch), 99)
         voice = f"mb-{clip.voice}" if clip.engine == "mbrola" else clip.voice
         command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", output, "--stdin"]
-        return command, re.sub(r"\{([^{}]*)\}", lambda match: _espeak_phonemes(match[1]), clip.text)
+        return command, re.sub(r"\{([^{}]*)\}", lambda match: _espeak_phonemes(match[1]), said)
     if clip.engine == "flite":
         hertz = _FLITE_VOICES[clip.voice]
         pitched = f"int_f0_target_mean={hertz * clip.pitch:g}" if hertz else f"f0_shift={clip.pitch:g}"
         stretch = f"duration_stretch={1 / clip.speed:g}"
-        return ["flite", "-voice", clip.voice, "--setf", stretch, "--setf", pitched, "-o", output, "-t", clip.text], ""
+        return ["flite", "-voice", clip.voice, "--setf", stretch, "--setf", pitched, "-o", output, "-t", said], ""
     if clip.engine == "pico":
         levels = f'<speed level="{100 * clip.speed:.0f}"><pitch level="{100 * clip.pitch:.0f}">'
-        return ["pico2wave", "-l", clip.voice, "-w", output, f"{levels}{escape(clip.text)}</pitch></speed>"], ""
+        return ["pico2wave", "-l", clip.voice, "-w", output, f"{levels}{escape(said)}</pitch></speed>"], ""
     hertz = _FESTIVAL_PITCH * clip.pitch
     settings = (
         f"(Parameter.set 'Duration_Stretch {1 / clip.speed:g}) (set! int_lr_params "
@@ -302,7 +306,15 @@ def _command(clip: SpokenClip, output: str) -> tuple[list[str], str]:
     if clip.voice.endswith("_hts"):
         # These go by none of the above.
         settings = f'(set! hts_engine_params (append hts_engine_params \'(("-r" {clip.speed:g}))))'
-    return ["text2wave", "-o", output, "-eval", f"(begin (voice_{clip.voice}) {settings})"], clip.text
+    return ["text2wave", "-o", output, "-eval", f"(begin (voice_{clip.voice}) {settings})"], said
+
+
+def _in_words(text: str) -> str:
+    """With numbers, signs and accents as the tokenizer reads them: engines read them otherwise, or leave them out."""
+    pieces = re.split(r"(\{[^{}]*\})", text)
+    return "".join(
+        piece if i % 2 or _PLAIN.fullmatch(piece) else " ".join(spell_out(piece)) for i, piece in enumerate(pieces)
+    )
 
 
 def _espeak_phonemes(arpabet: str) -> str:

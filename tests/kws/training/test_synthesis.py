@@ -104,6 +104,22 @@ def test_phonemes_are_what_the_engine_itself_says(word):
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("phrase", "said"),
+    [
+        ("Lights, on!", "Lights, on!"),
+        ("radio 1999", "radio nineteen ninety-nine"),
+        ("don’t go to the café at 20°", "don't go to the cafe at twenty degrees"),
+    ],
+)
+def test_numbers_and_signs_are_said_as_their_phonemes_are(phrase, said, engine):
+    command, text = synthesis._command(SpokenClip(phrase, engine, "slt", 1.0, 1.0), "x.wav")
+    handed = text or command[-1]
+    assert said in handed and (phrase == said or phrase not in handed)
+    assert PhonemeTokenizer().tokenize(said) == PhonemeTokenizer().tokenize(phrase)
+
+
 @needs_any
 def test_interrupted_run_goes_on_and_a_folder_grows(tmp_path, monkeypatch):
     spoken = []
