@@ -63,7 +63,7 @@ class KwsTrialDataset(Dataset):
     def _check_rows(self, trials: Any) -> None:
         _check_columns("trials", trials, _COLUMNS)
         # Rows that come from elsewhere, one at a time, are looked at by the collator.
-        if not _are_at_hand(trials):
+        if not are_at_hand(trials):
             return
         for i, (label, kind) in enumerate(zip(column(trials, "label"), column(trials, "kind"), strict=True)):
             if not _is_label(label) or kind not in PAIR_KINDS:
@@ -364,7 +364,7 @@ class KwsDataCollator:
         return batch
 
 
-def _are_at_hand(rows: Any) -> bool:
+def are_at_hand(rows: Any) -> bool:
     """Whether columns are read without making each row, and its audio."""
     return isinstance(rows, (list, tuple)) or hasattr(rows, "column_names")
 
@@ -379,7 +379,7 @@ def _is_label(value: Any) -> bool:
 def _check_columns(argument: str, rows: Any, names: Sequence[str]) -> None:
     if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
         raise TypeError(f"`{argument}` must be a list of rows or a split of a dataset, got {type(rows).__name__}.")
-    if not _are_at_hand(rows):
+    if not are_at_hand(rows):
         return
     for i, present in enumerate([rows.column_names] if hasattr(rows, "column_names") else rows):
         if lacking := [name for name in names if name not in present]:

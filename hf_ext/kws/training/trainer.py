@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_ext.hub.model_card import kws_model_card
 from hf_ext.kws.processing_kws import KwsProcessor
-from hf_ext.kws.training.datasets import PAIR_KINDS, KwsDataCollator
+from hf_ext.kws.training.datasets import PAIR_KINDS, KwsDataCollator, KwsTrialDataset, are_at_hand
 from hf_ext.kws.training.trainer_config import LOSSES, KwsTrainingConfig
+from hf_ext.kws.training.utterances import column
 from hf_ext.metrics import equal_error_rate, roc_auc
 
 
@@ -37,7 +38,7 @@ class KwsTrainer(Trainer):
         args ([`KwsTrainingConfig`], *optional*):
             Settings.
         train_dataset, eval_dataset ([`KwsPairDataset`] or [`KwsTrialDataset`], *optional*):
-            Pairs. For evaluation give `every_kind=True`.
+            Pairs. For evaluation give `every_kind=True`; a dict of several is evaluated one by one.
         processing_class ([`KwsProcessor`], *optional*):
             What makes pairs into inputs, and is saved with the model; by default one with default settings.
         data_collator, compute_metrics, callbacks, optimizers and the rest:
@@ -96,7 +97,10 @@ class KwsTrainer(Trainer):
                 f"`processing_class` makes {channels} channels and the model takes {expected} (`num_mel_bins`): use the "
                 f"processor of the model, or KwsProcessor(KwsFeatureExtractor(feature_size={expected}))."
             )
-        _check_phrases(model, processing_class, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+        # There may be several to evaluate on, by name.
+        several = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+        named = {f"eval_dataset[{name!r}]" if name else "eval_dataset": own for name, own in several.items()}
+        _check_phrases(model, processing_class, {"train_dataset": train_dataset, **named})
         if kwargs.get("compute_metrics") is None:
             kwargs["compute_metrics"] = detection_metrics
         self.data_collator: Any
@@ -339,11 +343,21 @@ def _check_phrases(model: Any, processor: KwsProcessor, datasets: dict[str, Any]
                 f"`{name}` has the kind 'confusable', which is made up of phonemes, and the model takes words: leave it out of "
                 "the `shares`."
             )
-        if longest is not None and getattr(dataset, "most_phonemes", 0) > longest:
+        most = 0 if longest is None else _most_phonemes(dataset, processor.tokenizer)
+        if longest is not None and most > longest:
             raise ValueError(
-                f"`{name}` has phrases of up to {dataset.most_phonemes} phonemes and the model takes {longest} "
-                f"(`max_phonemes`): make it with `max_phonemes={longest}`, which leaves longer ones out."
+                f"`{name}` has phrases of up to {most} phonemes and the model takes {longest} (`max_phonemes`): make a "
+                f"KwsPairDataset with `max_phonemes={longest}`, which leaves longer ones out, and leave them out of given trials."
             )
+
+
+def _most_phonemes(dataset: Any, tokenizer: Any) -> int:
+    """The most phonemes that a phrase of the pairs has, as far as it can be told without making them."""
+    if hasattr(dataset, "most_phonemes"):
+        return dataset.most_phonemes
+    if not isinstance(dataset, KwsTrialDataset) or not are_at_hand(dataset.trials):
+        return 0
+    return max((len(tokenizer.tokenize(phrase)) for phrase in set(column(dataset.trials, "phrase"))), default=0)
 
 
 def _num_mel_bins(model: Any) -> int | None:

@@ -249,6 +249,11 @@ def test_models_that_cannot_be_trained_on_the_phrases_are_named(tmp_path):
     fitting = KwsPairDataset(UTTERANCES, max_phonemes=9)
     with pytest.raises(ValueError, match=r"`eval_dataset` has phrases of up to 12 phonemes"):
         trainer(tmp_path, narrow, fitting, KwsPairDataset(UTTERANCES))
+    with pytest.raises(ValueError, match=r"`eval_dataset\['far'\]` has phrases of up to 12 phonemes"):
+        trainer(tmp_path, narrow, fitting, {"near": fitting, "far": KwsPairDataset(UTTERANCES)})
+    trial = {**UTTERANCES[0], "phrase": "play some other music", "label": 0, "kind": "random"}
+    with pytest.raises(ValueError, match=r"`eval_dataset` has phrases of up to 15 phonemes"):
+        trainer(tmp_path, narrow, fitting, KwsTrialDataset([trial]))
     assert trainer(tmp_path, narrow, fitting, max_steps=1).train().global_step == 1
     # Without made-up phrases they are as long as what is said.
     trainer(tmp_path, narrow, KwsPairDataset(UTTERANCES, shares={"positive": 1.0}))
