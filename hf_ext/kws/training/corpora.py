@@ -228,7 +228,7 @@ def libriphrase_trials(
         `list[dict]`: trials for [`KwsTrialDataset`].
 
     Raises:
-        ValueError: for another subset or expansion, and if a list lacks a column or a value.
+        ValueError: for another subset or expansion, if a list lacks a column or a value, and if none has trials of the subset.
     """
     if subset not in ("easy", "hard") or expansion not in ("four", "two"):
         raise ValueError(
@@ -255,6 +255,11 @@ def libriphrase_trials(
                         if expansion == "four":
                             trials.append(_trial(audio, text, text, 1, "positive"))
                         trials.append(_trial(audio, text, phrase, label, kind))
+    if not trials:
+        kinds = {kind: name for name, kind in _LIBRIPHRASE_KINDS.items()}
+        raise ValueError(
+            f"`csv_files` have no rows of the type {kinds[wanted]!r}, which `subset`={subset!r} is made of."
+        )
     return trials
 
 

@@ -186,6 +186,9 @@ def test_official_lists_expand_both_ways(tmp_path):
         assert libriphrase_trials(path, "/x") == libriphrase_trials([tmp_path / "list.csv"], "/x")
     with pytest.raises(ValueError, match="`subset` must be"):
         short(subset="all")
+    (tmp_path / "easy.csv").write_text("\n".join([columns, lines[1]]))
+    with pytest.raises(ValueError, match="no rows of the type 'diffspk_hardneg', which `subset`='hard' is made of"):
+        libriphrase_trials(tmp_path / "easy.csv", "/x")
     with (tmp_path / "list.csv").open("w") as file:
         csv.writer(file).writerow(["anchor", "target"])
     with pytest.raises(ValueError, match="lacks the columns"):
