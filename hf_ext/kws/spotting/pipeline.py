@@ -1,19 +1,18 @@
 """`pipeline("keyword-spotting")`: which of these typed phrases does a clip hold?"""
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import BatchFeature
 from transformers.pipelines.base import ChunkPipeline
 
-from hf_ext.kws.audio_input import check_sampling_rate, resample, to_mono_float
-from hf_ext.kws.training.utterances import read_audio, seconds_of
+from hf_ext.kws.processing_kws import KwsProcessor
+from hf_ext.kws.spotting.clips import read_clip
 
 
 FUNCTIONS = ("sigmoid", "none")
@@ -51,6 +50,8 @@ class KeywordSpottingPipeline(ChunkPipeline):
             The model. [`~transformers.pipeline`] takes `slick-small` of this package if none is given.
         processor ([`KwsProcessor`]):
             The model's.
+        tokenizer ([`PhonemeTokenizer`], *optional*), feature_extractor ([`KwsFeatureExtractor`], *optional*):
+            Instead of the processor's own, such as a tokenizer with pronunciations of names in its `lexicon`.
         candidate_labels, chunk_length_s and the rest:
             Those of a call may be given beforehand, here. Phrases are then encoded once for all calls.
         **kwargs:
@@ -81,6 +82,13 @@ class KeywordSpottingPipeline(ChunkPipeline):
     _load_tokenizer = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # transformers takes what is given for all that there is.
+        given = {name: kwargs.pop(name, None) for name in ("feature_extractor", "tokenizer")}
+        if any(given.values()):
+            own = kwargs.get("processor")
+            kwargs["processor"] = KwsProcessor(
+                **{name: half or getattr(own, name, None) for name, half in given.items()}
+            )
         super().__init__(*args, **kwargs)
         self.model.eval()
 
@@ -168,6 +176,10 @@ class KeywordSpottingPipeline(ChunkPipeline):
         Returns:
             [`EnrolledPhrases`]
         """
+        if not hasattr(self.model, "get_text_features"):
+            raise TypeError(
+                f"`model` is a {type(self.model).__name__}, which takes no phrases: use one of AutoModelForKeywordSpotting."
+            )
         labels = _listed(candidate_labels)
         tokenizer = self.processor.tokenizer
         if hasattr(tokenizer, "pronunciations"):
@@ -208,7 +220,9 @@ class KeywordSpottingPipeline(ChunkPipeline):
     def _forward(self, model_inputs: Any, phrases: EnrolledPhrases) -> dict[str, Any]:
         features = model_inputs["input_features"].to(self.dtype)
         audio = self.model.get_audio_features(features, model_inputs["attention_mask"])
-        by_pronunciation = self.model.score(audio, phrases.text).float()
+        # The model may have moved, or changed its number format, since they were enrolled.
+        text = type(phrases.text)(**BatchFeature(phrases.text._asdict()).to(self.device, self.dtype))
+        by_pronunciation = self.model.score(audio, text).float()
         owners = torch.tensor(phrases.owners, device=by_pronunciation.device).expand_as(by_pronunciation)
         logits = by_pronunciation.new_full((len(by_pronunciation), len(phrases.labels)), -math.inf)
         # The first entry has to have a row per window: transformers counts windows by it.
@@ -248,39 +262,6 @@ def _one_or_many(audio: Any) -> Any:
         # A column of a dataset.
         return (clip for clip in audio)
     return audio
-
-
-def read_clip(
-    audio: Any, own_rate: int, sampling_rate: int | None = None, channel_axis: int | None = None
-) -> torch.Tensor:
-    """
-    A clip in any of the forms that the pipeline takes, as mono floats.
-
-    Args:
-        audio (`Any`), sampling_rate (`int`, *optional*), channel_axis (`int`, *optional*):
-            As in a call of [`KeywordSpottingPipeline`].
-        own_rate (`int`):
-            Rate to return, in hertz.
-
-    Returns:
-        `torch.Tensor` of shape `(num_samples,)`.
-    """
-    row = audio if isinstance(audio, Mapping) and "audio" in audio else {"audio": audio}
-    clip = row["audio"]
-    if isinstance(clip, (bytes, bytearray)):
-        clip = {"bytes": bytes(clip)}
-    if isinstance(clip, Mapping) and "raw" in clip:
-        clip = {**clip, "array": clip["raw"]}
-    if isinstance(clip, Mapping) and "array" in clip:
-        rate = clip.get("sampling_rate", sampling_rate)
-        channel_axis = clip.get("channel_axis", channel_axis)
-        clip = clip["array"]
-    elif isinstance(clip, (np.ndarray, torch.Tensor)):
-        rate = sampling_rate
-    else:
-        return read_audio({**row, "audio": _checked_file(clip)}, own_rate)
-    mono = to_mono_float(clip, channel_axis, name="audio")
-    return resample(_piece(mono, row, check_sampling_rate(rate)), check_sampling_rate(rate), own_rate)
 
 
 def split_into_windows(
@@ -345,41 +326,6 @@ def _check_windows(chunk_length_s: float | None, stride_length_s: float | tuple[
             f"`stride_length_s` ({stride_length_s}) must not be negative, and both sides together must be shorter than "
             f"`chunk_length_s` ({length})."
         )
-
-
-def _checked_file(clip: Any) -> Any:
-    """The file if it can be one. Else what the user should do instead."""
-    content = clip.get("bytes") if isinstance(clip, Mapping) else None
-    path = clip.get("path") if isinstance(clip, Mapping) else clip
-    if content:
-        return {**clip, "path": path or f"of {len(content)} bytes"}
-    if content == b"":
-        raise ValueError("`audio` has no bytes: the file is empty.")
-    if hasattr(clip, "get_all_samples"):
-        # A decoder of torchcodec, which `datasets` makes where it is installed.
-        return clip
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(
-            f"`audio` is of type {type(clip).__name__}: pass a path, the bytes of a file, an array with its `sampling_rate`, or a "
-            "dict of `array` and `sampling_rate`."
-        )
-    if str(path).startswith(("http://", "https://")):
-        raise ValueError(f"`audio` is an address ({path}): download the file first and pass its path or its bytes.")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"`audio` names no file: {os.fspath(path)}")
-    if Path(path).stat().st_size == 0:
-        raise ValueError(f"`audio` is an empty file: {os.fspath(path)}")
-    return clip
-
-
-def _piece(samples: torch.Tensor, row: Mapping[str, Any], rate: int) -> torch.Tensor:
-    start, end = seconds_of(row, "start"), seconds_of(row, "end")
-    piece = samples[int((start or 0) * rate) : None if end is None else int(end * rate)]
-    if len(piece) == 0:
-        raise ValueError(
-            f"`audio` has no sample from {start or 0} s to {end} s: it is {len(samples) / rate:g} s long."
-        )
-    return piece
 
 
 def _listed(candidate_labels: Any) -> list[str]:

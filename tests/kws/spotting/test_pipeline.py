@@ -11,7 +11,15 @@ import torch
 from datasets import Audio, Dataset
 from transformers import pipeline
 
-from hf_ext import KeywordSpottingPipeline, KwsProcessor, PhonemeTokenizer, SlickConfig, SlickForKeywordSpotting
+from hf_ext import (
+    GatedConformerConfig,
+    GatedConformerForKeywordDetection,
+    KeywordSpottingPipeline,
+    KwsProcessor,
+    PhonemeTokenizer,
+    SlickConfig,
+    SlickForKeywordSpotting,
+)
 from hf_ext.kws.spotting.pipeline import split_into_windows
 
 
@@ -138,6 +146,25 @@ class TestAnswers:
             atol=0.05,
         )
 
+    def test_the_number_format_may_change_after_phrases_are_given(self, folder):
+        prepared = pipeline("keyword-spotting", model=str(folder), device="cpu", candidate_labels=LABELS)
+        before = prepared(clip(speechlike()))
+        prepared.model.bfloat16()
+        assert_same(prepared(clip(speechlike())), before, atol=0.05)
+
+    def test_a_tokenizer_of_ones_own_takes_the_place_of_the_processors(self, folder, spotter):
+        tokenizer = PhonemeTokenizer(lexicon={"zorblax": "L AY1 T S AA1 N"})
+        own = pipeline("keyword-spotting", model=str(folder), tokenizer=tokenizer, device="cpu")
+        found = own(clip(speechlike()), candidate_labels=["zorblax"])
+        (expected,) = spotter(clip(speechlike()), candidate_labels=["{L AY1 T S AA1 N}"])
+        assert_same(found, [{**expected, "label": "zorblax"}])
+
+    def test_a_model_that_takes_no_phrases_is_named(self):
+        detector = GatedConformerForKeywordDetection(GatedConformerConfig(num_hidden_layers=1))
+        other = pipeline("keyword-spotting", model=detector, processor=KwsProcessor(), device="cpu")
+        with pytest.raises(TypeError, match="`model` is a GatedConformerForKeywordDetection, which takes no phrases"):
+            other(clip(speechlike()), candidate_labels=LABELS)
+
 
 class TestBatches:
     def test_mixed_lengths_are_as_one_at_a_time(self, spotter):
@@ -228,6 +255,7 @@ class TestAudio:
             *({"path": None, "bytes": content}, {"audio": {"bytes": content}}, {"audio": str(path)}),
             *({"raw": samples, "sampling_rate": RATE}, {"audio": clip(samples)}, clip(samples.tolist())),
             *(clip(torch.from_numpy(samples)), {"audio": clip(twice), "start": 1.0, "end": 2.0}),
+            {"audio": samples, "sampling_rate": RATE, "phrase": "stop"},
         ]
         for form in forms:
             assert_same(spotter(form, candidate_labels=LABELS), self.expected(spotter))
