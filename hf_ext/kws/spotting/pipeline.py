@@ -13,6 +13,7 @@ from transformers.pipelines.base import ChunkPipeline
 
 from hf_ext.kws.processing_kws import KwsProcessor
 from hf_ext.kws.spotting.clips import read_clip
+from hf_ext.kws.training.utterances import undecoded
 
 
 FUNCTIONS = ("sigmoid", "none")
@@ -253,11 +254,8 @@ def _one_or_many(audio: Any) -> Any:
     if hasattr(audio, "cast_column"):
         if isinstance(audio, Mapping):
             raise TypeError(f"`audio` has the splits {sorted(audio)}: pass one of them.")
-        # Rows of a dataset. `datasets` decodes with torchcodec alone, and what is not decoded soundfile reads.
-        for name, feature in (audio.features or {}).items():
-            if getattr(feature, "decode", False) and type(feature).__name__ == "Audio":
-                audio = audio.cast_column(name, type(feature)(decode=False))
-        return (row for row in audio)
+        # Rows of a dataset.
+        return (row for row in undecoded(audio))
     if isinstance(audio, Sequence) and not isinstance(audio, (str, bytes, bytearray)):
         # A column of a dataset.
         return (clip for clip in audio)

@@ -13,7 +13,7 @@ from hf_ext.kws.processing_kws import KwsProcessor
 from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
 from hf_ext.kws.training.augmentation import KwsAugmenter, spec_augment
 from hf_ext.kws.training.mining import Kind, PhoneticIndex, confusable_phonemes, phoneme_tokenizer, sound_alike
-from hf_ext.kws.training.utterances import column, duration_of, read_audio
+from hf_ext.kws.training.utterances import column, duration_of, read_audio, undecoded
 
 
 # What a pair is: the phrase that was said; any other; one that sounds nearly so, of the vocabulary or made up.
@@ -54,7 +54,7 @@ class KwsTrialDataset(Dataset):
             raise ValueError(
                 f"`augmenter` works at {augmenter.sampling_rate} Hz and `sampling_rate` is {sampling_rate}: make them equal."
             )
-        self.trials = trials
+        self.trials = undecoded(trials)
         self.sampling_rate = sampling_rate
         self.augmenter = augmenter
         self.seed = seed
@@ -90,7 +90,11 @@ class KwsTrialDataset(Dataset):
         index %= len(self)
         drawn_from = Random(f"{self.seed} {self.epoch} {index}")
         trial = self._trial(index, drawn_from)
-        clip = read_audio(trial, self.sampling_rate)
+        try:
+            clip = read_audio(trial, self.sampling_rate)
+        except ValueError as error:
+            # Samples have no name that a training could tell.
+            raise ValueError(f"Item {index} of the data, of the text {trial['text']!r}: {error}") from error
         seed = drawn_from.getrandbits(63)
         if self.augmenter is not None:
             waveforms, lengths = self.augmenter(clip[None], None, torch.Generator().manual_seed(seed))

@@ -144,6 +144,15 @@ def column(rows: Any, name: str) -> list[Any]:
     return [row[name] for row in rows]
 
 
+def undecoded(rows: Any) -> Any:
+    """Rows whose clips stay files where they are a dataset's: it decodes with torchcodec alone, and these soundfile reads."""
+    features = rows.features if hasattr(rows, "cast_column") else None
+    for name, feature in (features or {}).items():
+        if getattr(feature, "decode", False) and type(feature).__name__ == "Audio":
+            rows = rows.cast_column(name, type(feature)(decode=False))
+    return rows
+
+
 def _soundfile() -> Any:
     try:
         import soundfile

@@ -203,14 +203,24 @@ def test_folder_of_clips_is_read(tmp_path):
         load_utterances(tmp_path)
 
 
-def test_datasets_rows_are_not_decoded():
+@pytest.mark.parametrize("decode", [True, False])
+def test_datasets_rows_are_not_decoded(decode):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"audio": f"missing{i}.wav", "text": text} for i, text in enumerate(WORDS)])
-    rows = rows.cast_column("audio", datasets.Audio(decode=False))
+    rows = rows.cast_column("audio", datasets.Audio(decode=decode))
     pairs = KwsPairDataset(rows)
     assert len(pairs) == len(WORDS)
     with pytest.raises(ValueError, match=r"missing0\.wav can't be read"):
         pairs[0]
+
+
+def test_an_item_whose_samples_are_refused_is_named():
+    rows = utterances()
+    rows[2] = {**rows[2], "audio": {"array": np.full(800, np.nan), "sampling_rate": 16000}}
+    with pytest.raises(
+        ValueError, match=f"Item 2 of the data, of the text '{rows[2]['text']}': `array` has 800 samples"
+    ):
+        list(KwsPairDataset(rows))
 
 
 def test_given_trials_stay_as_they_are():
