@@ -11,11 +11,12 @@ import pytest
 
 
 # Before torch is imported anywhere, subprocesses of tests included: the workers of pytest-xdist share the cores instead
-# of each starting one thread per core.
+# of each starting one thread per core, which makes small operations many times slower. Workers inherit what the process that
+# starts them has set, so it passes on whether a number was given from outside.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_given = os.environ.setdefault("HF_EXT_TESTS_THREADS", os.environ.get("OMP_NUM_THREADS", ""))
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    _per_worker = str(max(1, (os.cpu_count() or 1) // _WORKERS))
-    os.environ.setdefault(_variable, os.environ.get("OMP_NUM_THREADS", _per_worker))
+    os.environ[_variable] = _given or str(max(1, (os.cpu_count() or 1) // _WORKERS))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # huggingface_hub reads it once, when it is imported. HF_HUB_OFFLINE stays unset: the tests talk to a Hub of their own.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
