@@ -114,6 +114,7 @@ class DynaMoeTrainer(SFTTrainer):
         check_routers(args, self.model)
         if args.sensitivity is not None and routed.config.router_type == "classifier":
             self.routed.config.sensitivity = args.sensitivity
+            self.routed.routing.rest(args.sensitivity)
         self.teacher = None
         if teacher_model is not None:
             self.teacher = self.accelerator.prepare_model(teacher_model.eval(), evaluation_mode=True)

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from dynamoe.models import WIDTHS, tiny_model
+from dynamoe.models import WIDTHS, spread_routers, tiny_model
 from dynamoe.training.setting import logged, nested, settings, texts, tiny_tokenizer, tiny_trainer, weights_of
 from hf_ext import DynaMoeTrainer
 from versions import CHECKPOINTING
@@ -168,11 +168,17 @@ def test_the_straight_way_begins_behind_the_routers_own_stage(tmp_path):
 
 
 def test_a_classifier_learns_the_labels_of_its_sensitivity(tmp_path):
-    """Which training writes into the configuration."""
+    """Which training writes into the configuration, and the decoder alone serves too."""
     trainer = tiny_trainer(tmp_path, model=nested("classifier"), sensitivity=0.6)
     trainer.train()
-    assert trainer.routed.config.sensitivity == 0.6
+    model = trainer.routed.eval()
+    assert model.config.sensitivity == 0.6
     assert logged(trainer, "router_loss")
+    spread_routers(model)
+    ids = torch.tensor([[2, 3, 4, 5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        alone = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+        assert torch.equal(alone, model(ids).logits) and not torch.equal(alone, model(ids, sensitivity=1.0).logits)
 
 
 # What is saved and logged
