@@ -10,11 +10,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ext.cli.dynamoe_bench import bench
 from hf_ext.cli.dynamoe_eval import evaluate
-from hf_ext.cli.loading import chosen_device, load_base, load_nested, make_folder, short_name
+from hf_ext.cli.loading import check_checkpoint, chosen_device, load_base, load_nested, make_folder, short_name
 from hf_ext.cli.options import (
     DATASET_HELP,
     DatasetConfigOption,
@@ -223,8 +222,8 @@ def train(
     from hf_ext import DynaMoeTrainer, DynaMoeTrainingConfig
 
     console = Console()
-    if resume and (not output_dir.is_dir() or get_last_checkpoint(str(output_dir)) is None):
-        raise typer.BadParameter(f"--resume finds no checkpoint in {output_dir}: leave it out to start anew.")
+    if resume:
+        check_checkpoint(output_dir)
     rows = load_rows(dataset, split, dataset_config, max_rows)
     check_columns(rows)
     check_texts(rows)

@@ -14,7 +14,6 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoProcessor, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ext import (
     AutoModelForKeywordSpotting,
@@ -29,7 +28,7 @@ from hf_ext import (
     synthesize_phrases,
 )
 from hf_ext.cli.kws_scores import check_clips
-from hf_ext.cli.loading import UNLOADABLE, chosen_device, suitable_threads
+from hf_ext.cli.loading import UNLOADABLE, check_checkpoint, chosen_device, suitable_threads
 from hf_ext.cli.options import DeviceOption, ThreadsOption
 from hf_ext.cli.report import Table, rich_table
 from hf_ext.kws.modeling_auto import MODEL_FOR_KEYWORD_SPOTTING_MAPPING
@@ -126,8 +125,8 @@ def train(
 
     console = Console()
     torch.manual_seed(seed)
-    if resume and (not output_dir.is_dir() or get_last_checkpoint(str(output_dir)) is None):
-        raise typer.BadParameter(f"--resume finds no checkpoint in {output_dir}: leave it out to start anew.")
+    if resume:
+        check_checkpoint(output_dir)
     try:
         # What takes a moment is looked at before words are spoken, which takes long.
         on_cpu = chosen_device(device) == "cpu"

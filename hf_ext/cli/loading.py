@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_ext import DynaMoeForCausalLM, shipped_model
@@ -216,6 +217,17 @@ def suitable_threads(model: Any, threads: int | None = None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """
+    Refuses to resume from a folder without a checkpoint.
+
+    Raises:
+        typer.BadParameter: where there is none.
+    """
+    if not folder.is_dir() or get_last_checkpoint(str(folder)) is None:
+        raise typer.BadParameter(f"--resume finds no checkpoint in {folder}: leave it out to start anew.")
 
 
 def make_folder(path: Path) -> None:

@@ -14,7 +14,6 @@ from huggingface_hub import create_repo
 from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from transformers import TextStreamer
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ext.cli.compare import (
     MethodResult,
@@ -28,7 +27,7 @@ from hf_ext.cli.compare import (
 )
 from hf_ext.cli.demo_mtp import results_table, verdict
 from hf_ext.cli.demo_options import PROMPTS
-from hf_ext.cli.loading import load_base, load_pair, make_folder, suitable_threads
+from hf_ext.cli.loading import check_checkpoint, load_base, load_pair, make_folder, suitable_threads
 from hf_ext.cli.options import (
     DATASET_HELP,
     DatasetConfigOption,
@@ -112,8 +111,8 @@ def train(
     from hf_ext import GatedLoraConfig, MtpConfig, MtpTrainer, generate_completions
 
     console = Console()
-    if resume and (not output_dir.is_dir() or get_last_checkpoint(str(output_dir)) is None):
-        raise typer.BadParameter(f"--resume finds no checkpoint in {output_dir}: leave it out to start anew.")
+    if resume:
+        check_checkpoint(output_dir)
     rows = load_rows(dataset, split, dataset_config, max_rows)
     if not on_policy:
         check_columns(rows)
