@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import is_torch_bf16_gpu_available
 
 
 BEGIN, END, PAD = "<s>", "</s>", "<pad>"
@@ -54,6 +55,7 @@ class WideLmArguments(TrainingArguments):
     weight_decay: float = field(default=0.05)
     adam_beta2: float = field(default=0.99)
     bf16: bool = field(default=True)
+    use_cpu: bool = field(default=not is_torch_bf16_gpu_available())
     logging_steps: float = field(default=50)
     save_steps: float = field(default=500)
     save_total_limit: int | None = field(default=1)

@@ -35,8 +35,6 @@ def run(recipe, data, folder, **changes):
         "max_steps": 4,
         "save_steps": 2,
         "save_total_limit": 2,
-        "bf16": False,
-        "use_cpu": True,
         "disable_tqdm": True,
         **changes,
     }
