@@ -285,7 +285,25 @@ def _weight_files(name: str | os.PathLike[str]) -> list[str]:
             f"'{name}' has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: load the model and save it with "
             "`save_pretrained`, which writes safetensors."
         )
+    _check_index(index)
     return get_checkpoint_shard_files(name, index)[0]
+
+
+def _check_index(path: str) -> None:
+    """Refuses an index that doesn't say in which file each tensor is, which transformers takes for granted."""
+    try:
+        index = json.loads(Path(path).read_bytes())
+        is_sound = isinstance(index["metadata"], dict) and all(
+            isinstance(f, str) for f in index["weight_map"].values()
+        )
+        reason = "" if is_sound and index["weight_map"] else "no file for each tensor"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        raise ValueError(
+            f"'{path}' is no index of a checkpoint ({reason}): it needs a `weight_map` from tensors to files and `metadata`. "
+            "It is truncated, damaged or a Git LFS pointer: download it again, or save the model again."
+        )
 
 
 @contextmanager

@@ -176,6 +176,30 @@ def test_what_cannot_be_converted_leaves_nothing_behind(tmp_path):
     refuse(source, target, ["neither model.safetensors nor", "save_pretrained"])
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "JSONDecodeError"),
+        ("version https://git-lfs.github.com/spec/v1", "JSONDecodeError"),
+        ("\xff", "UnicodeDecodeError"),
+        ("[]", "TypeError"),
+        ('{"metadata": {}}', "KeyError: 'weight_map'"),
+        ('{"weight_map": {"a": "b"}}', "KeyError: 'metadata'"),
+        ('{"metadata": {}, "weight_map": ["a"]}', "AttributeError"),
+        ('{"metadata": {}, "weight_map": {"a": 1}}', "no file for each tensor"),
+        ('{"metadata": [], "weight_map": {"a": "b"}}', "no file for each tensor"),
+        ('{"metadata": {}, "weight_map": {}}', "no file for each tensor"),
+    ],
+)
+def test_an_index_that_is_none_is_named(text, reason, tmp_path):
+    """Of an interrupted download or a broken hand, and not as an error from inside a library."""
+    source = tmp_path / "dense"
+    tiny_model().save_pretrained(source, max_shard_size="20KB")
+    index = source / "model.safetensors.index.json"
+    index.write_bytes(text.encode("latin-1"))
+    refuse(source, tmp_path / "moe", [str(index), reason, "`weight_map`", "download it again"])
+
+
 def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / "dense", max_shard_size="20KB")
     saved = []
