@@ -18,7 +18,7 @@ from hf_ext.row_generators import row_generator
 
 from .modeling_dynamoe import DynaMoeForCausalLM
 from .routing import smallest_sufficient, straight_through
-from .trainer_checks import check_functions, check_routers, check_settings, check_teacher
+from .trainer_checks import check_functions, check_routers, check_rows, check_settings, check_teacher
 from .trainer_config import DynaMoeTrainingConfig
 from .trainer_figures import routing_figures
 
@@ -52,9 +52,9 @@ class DynaMoeTrainer(SFTTrainer):
             `preprocess_logits_for_metrics` and `compute_loss_func`.
 
     Raises:
-        TypeError: for a model that is not converted, another kind of `args`, and a teacher that is no model.
-        ValueError: for classifiers without a sensitivity; for routers alone on a trunk that they reach, or that are frozen; for
-            functions of logits, and a teacher of another vocabulary or without weight.
+        TypeError: for a model that is not converted, another kind of `args`, a teacher that is no model, rows that are no dataset.
+        ValueError: for rows without text; for classifiers without a sensitivity; for routers alone on a trunk that they reach, or
+            that are frozen; for functions of logits, and a teacher of another vocabulary or without weight.
 
     Example:
 
@@ -107,6 +107,8 @@ class DynaMoeTrainer(SFTTrainer):
         check_settings(args, routed)
         check_functions(kwargs)
         check_teacher(teacher_model, args, routed)
+        for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_rows(name, rows, args, kwargs.get("formatting_func"))
         if args.distillation_weight and teacher_model is None:
             teacher_model = copy.deepcopy(routed).requires_grad_(False)
             teacher_model.config.sensitivity = 1.0
@@ -365,6 +367,10 @@ class DynaMoeTrainer(SFTTrainer):
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
         )
         card.save(Path(self.args.output_dir) / "README.md")
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        check_rows("eval_dataset", eval_dataset, self.args, self._formatting_func)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(
         self,

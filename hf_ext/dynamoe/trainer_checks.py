@@ -18,6 +18,50 @@ FUNCTIONS_OF_LOGITS = {
 }
 
 
+def check_rows(name: str, rows: Any, args: DynaMoeTrainingConfig, formatting_func: Any = None) -> None:
+    """
+    Refuses rows that TRL would look for text in, and end in a bare `KeyError` where it finds none.
+
+    Args:
+        name (`str`):
+            What the caller calls them.
+        rows ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            The rows; of a `dict` each value.
+        args ([`DynaMoeTrainingConfig`]):
+            Settings, with the name of the column of text.
+        formatting_func (`Callable`, *optional*):
+            What makes text of a row, whatever its columns.
+
+    Raises:
+        TypeError: for anything but datasets.
+        ValueError: for a dataset without rows, and one without a column that is trained on.
+    """
+    if rows is None or isinstance(rows, str) or (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return  # a string stands for a dataset that was looked at before
+    if isinstance(rows, dict) and name == "train_dataset":
+        raise TypeError(f"`{name}` holds the splits {sorted(rows)}: give one of them.")
+    if isinstance(rows, dict):
+        for key, part in rows.items():
+            check_rows(f"{name}[{key!r}]", part, args, formatting_func)
+        return
+    if not hasattr(rows, "column_names"):
+        raise TypeError(
+            f"`{name}` must be a dataset, got {type(rows).__name__}: make one with `datasets.Dataset.from_list` of rows such as "
+            f"{{'{args.dataset_text_field}': '...'}}, or load one with `datasets.load_dataset(..., split='train')`."
+        )
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError(f"`{name}` has no rows: look at what was selected or filtered.")
+    # Of a prompt with its completion no other column is asked.
+    wanted = {"completion"} if "prompt" in first else {args.dataset_text_field, "messages", "conversations"}
+    if formatting_func is None and not first.keys() & {"input_ids", *wanted}:
+        raise ValueError(
+            f"`{name}` has none of the columns that are trained on (`{args.dataset_text_field}`, `messages`, `input_ids`, or "
+            f"`prompt` with `completion`), only {list(first)}: name the column of text in `dataset_text_field`, rename one, or "
+            "give a `formatting_func` that makes text of a row."
+        )
+
+
 def check_settings(args: DynaMoeTrainingConfig, routed: DynaMoeForCausalLM) -> None:
     """
     Refuses settings that don't fit the routers.
