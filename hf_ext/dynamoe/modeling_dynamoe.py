@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 from .configuration_dynamoe import DynaMoeConfig, checked_sensitivity
 from .generation_dynamoe import DynaMoeGenerationMixin
 from .loading import CheckedLoading
-from .nested_mlp import NestedMlp, Routing, nest_mlps, num_weights
+from .nested_mlp import NestedMlp, RoutedCheckpointing, Routing, nest_mlps, num_weights
 from .outputs import DynaMoeCausalLMOutputWithPast, ExpertUsage
 from .routing import (
     check_expert_index,
@@ -27,7 +27,7 @@ from .routing import (
 )
 
 
-class DynaMoePreTrainedModel(CheckedLoading, PreTrainedModel):
+class DynaMoePreTrainedModel(CheckedLoading, RoutedCheckpointing, PreTrainedModel):
     config: DynaMoeConfig
     config_class = DynaMoeConfig
     base_model_prefix = "model"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .configuration_dynamoe import DynaMoeConfig
 from .routing import DynaMoeRouter, chosen_experts, similarities, smallest_sufficient, straight_through
@@ -30,13 +32,24 @@ class LayerRouting:
     nearness: torch.Tensor | None
 
 
+class PassSettings(NamedTuple):
+    """What one pass is told, see [`DynaMoeForCausalLM.forward`]."""
+
+    sensitivity: float | torch.Tensor
+    expert_index: int | torch.Tensor | None = None
+    forcing_mask: torch.Tensor | None = None
+    router_noise: torch.Tensor | None = None
+    wants_logits: bool = False
+    measures: bool = False
+
+
 class Routing:
     """
     How the current pass routes. One object is shared by all layers of a model; `begin` and `end` stand around a pass.
 
-    Where gradients flow the settings stay until the next pass, since checkpointed layers run again in the backward pass and
-    have to route as they did. With checkpointing a pass therefore goes backward before the next one begins. Passes in
-    several threads take turns.
+    Layers that a model's own checkpointing runs again in the backward pass route as they did, see `checkpointed`. For those
+    that something else runs again, the settings stay until the next pass where gradients flow: there a pass has to go backward
+    before the next one begins. Passes in several threads take turns.
 
     Args:
         sensitivity (`float`):
@@ -57,26 +70,37 @@ class Routing:
     def rest(self, sensitivity: float) -> None:
         """Between passes the model's own sensitivity holds: some trainers run the decoder alone."""
         self.own_sensitivity = sensitivity
-        self.begin(sensitivity, None, None, None, False, False)
-        self.layers = None
+        self.settings, self.layers = PassSettings(sensitivity), None
 
     def alone(self) -> AbstractContextManager[Any]:
         """What a pass stands in; a graph that is being traced has no locks."""
         return nullcontext() if torch.compiler.is_compiling() else self.turn
 
-    def begin(
-        self,
-        sensitivity: float | torch.Tensor,
-        expert_index: int | torch.Tensor | None,
-        forcing_mask: torch.Tensor | None,
-        router_noise: torch.Tensor | None,
-        wants_logits: bool,
-        measures: bool,
-    ) -> None:
-        self.sensitivity, self.expert_index, self.forcing_mask = sensitivity, expert_index, forcing_mask
-        self.router_noise = router_noise
-        self.wants_logits, self.measures = wants_logits, measures
-        self.layers = []
+    def begin(self, *settings: Any) -> None:
+        """Starts a pass with the [`PassSettings`]."""
+        self.settings, self.layers = PassSettings(*settings), []
+
+    def checkpointed(self, checkpoint: Any, layer: Any, *args: Any) -> Any:
+        """
+        Runs a layer by a checkpointing function.
+
+        Args:
+            checkpoint (`Callable`):
+                The function, such as `torch.utils.checkpoint.checkpoint`.
+            layer (`Callable`), args (`Any`):
+                What it is to run now, and again in the backward pass; other passes may have come between.
+        """
+        if torch.compiler.is_compiling():  # a graph holds both runs, and each its own settings
+            return checkpoint(layer, *args)
+        return checkpoint(partial(self._run, self.settings, layer), *args)
+
+    def _run(self, settings: PassSettings, layer: Any, *args: Any) -> Any:
+        with self.alone():
+            now, self.settings = self.settings, settings
+            try:
+                return layer(*args)
+            finally:
+                self.settings = now
 
     def end(self, num_layers: int | None = None) -> list[LayerRouting]:
         """
@@ -99,11 +123,23 @@ class Routing:
 
     def given_expert(self, layer: int, num_experts: int) -> int | torch.Tensor | None:
         """The expert that the caller or the sensitivity prescribes for a layer, or None where the router decides."""
-        if isinstance(self.expert_index, torch.Tensor):
-            return self.expert_index[layer] if self.expert_index.dim() == 3 else self.expert_index
-        if self.expert_index is None and isinstance(self.sensitivity, float) and self.sensitivity >= 1:
+        expert, sensitivity = self.settings.expert_index, self.settings.sensitivity
+        if isinstance(expert, torch.Tensor):
+            return expert[layer] if expert.dim() == 3 else expert
+        if expert is None and isinstance(sensitivity, float) and sensitivity >= 1:
             return num_experts - 1
-        return self.expert_index
+        return expert
+
+
+class RoutedCheckpointing:
+    """`activation_checkpointing_enable` for a model whose layers share how they route."""
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        # Not a closure, which a deep copy of the model would share.
+        routed = partial(self.routing.checkpointed, gradient_checkpointing_func)  # type: ignore[attr-defined]
+        super()._set_gradient_checkpointing(enable, routed, **kwargs)  # type: ignore[misc]
 
 
 class NestedMlp(nn.Module):
@@ -158,27 +194,28 @@ class NestedMlp(nn.Module):
         if routing.layers is None and not torch.is_grad_enabled():
             # The decoder runs alone: what the last pass of a training left is not meant for it.
             routing.rest(routing.own_sensitivity)
+        now = routing.settings
         expert = routing.given_expert(self.layer, self.config.num_experts)
         if isinstance(expert, torch.Tensor):
             expert = expert.to(x.device)
         logits = nearness = hidden = chunks = None
-        if expert is None or routing.wants_logits:
+        if expert is None or now.wants_logits:
             # A loss of the routed model is a function of the choice, and the choice of what the router sees.
-            detach = self.config.detach_router_input and routing.router_noise is None
+            detach = self.config.detach_router_input and now.router_noise is None
             logits = self.router(x.detach() if detach else x)
-        if routing.measures:
+        if now.measures:
             hidden = self._hidden(x)
             nearness = self._measure(hidden)
         if expert is None:
             assert logits is not None
-            noise = routing.router_noise
+            noise = now.router_noise
             noisy = logits if noise is None else logits + noise[self.layer].to(logits)
-            expert = chosen_experts(noisy.detach(), self.config.router_type, routing.sensitivity)
-            if routing.forcing_mask is not None and nearness is not None:
-                label = smallest_sufficient(nearness, routing.sensitivity)
-                expert = torch.where(routing.forcing_mask.to(label.device), label, expert)
+            expert = chosen_experts(noisy.detach(), self.config.router_type, now.sensitivity)
+            if now.forcing_mask is not None and nearness is not None:
+                label = smallest_sufficient(nearness, now.sensitivity)
+                expert = torch.where(now.forcing_mask.to(label.device), label, expert)
             if noise is not None:
-                chunks = straight_through(noisy, routing.sensitivity, expert)
+                chunks = straight_through(noisy, now.sensitivity, expert)
         if routing.layers is not None:
             index = expert if isinstance(expert, torch.Tensor) else torch.full(x.shape[:2], expert, device=x.device)
             routing.layers.append(LayerRouting(index, logits, nearness))

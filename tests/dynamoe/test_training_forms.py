@@ -119,6 +119,32 @@ def test_checkpointing_leaves_gradients_alone(router_type, follow):
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
 
 
+@pytest.mark.parametrize("between", ["a teacher's pass", "a pass that learns too", "a pass of a copy"])
+def test_checkpointed_layers_route_as_their_own_pass_did(between):
+    """Whatever passes come between it and its way back, as in distillation from itself or in losses of pairs."""
+    ids, gradients = random_ids(2, 9), []
+    for checkpointed in (False, True):
+        moe = tiny_moe().train()
+        if checkpointed:
+            moe.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss = moe(ids, sensitivity=0.4, labels=ids, use_cache=False).loss
+        if between == "a teacher's pass":
+            with torch.no_grad():
+                moe(ids, sensitivity=1.0, use_cache=False)
+        elif between == "a pass that learns too":
+            loss = loss + moe(ids, sensitivity=0.9, labels=ids, use_cache=False).loss
+        else:  # of its own settings, on the thread that goes back through both
+            other = copy.deepcopy(moe)
+            loss = other(ids, sensitivity=0.4, labels=ids, use_cache=False).loss
+            moe(ids, sensitivity=0.9, use_cache=False)
+            moe = other
+        loss.backward()
+        gradients.append({name: weight.grad for name, weight in moe.named_parameters() if weight.grad is not None})
+    assert gradients[1].keys() == gradients[0].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
 def test_checkpointing_that_would_lose_the_routers_loss_is_refused():
     moe, ids = tiny_moe().train(), random_ids(2, 9)
     moe.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
