@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,19 +131,19 @@ def convert(
         "router_hidden_size": router_hidden_size,
         "similarity": similarity.value,
     }
-    make_folder(output_dir.parent)
     try:
-        if by_shards:
-            where = "auto" if device is None else chosen_device(device)
-            receipt = convert_checkpoint_to_dynamoe(model, output_dir, num_experts, device_map=where, **settings)
-        else:
-            with console.status("Loading the model"):
-                dense, tokenizer = load_base(model, device, dtype)
-            with appearing(output_dir) as folder:
-                moe = convert_to_dynamoe(dense, num_experts, processing_class=tokenizer, **settings)
-                receipt = moe.conversion_receipt
-                for part in (moe, tokenizer):
-                    part.save_pretrained(folder)
+        with _made(output_dir.parent):
+            if by_shards:
+                where = "auto" if device is None else chosen_device(device)
+                receipt = convert_checkpoint_to_dynamoe(model, output_dir, num_experts, device_map=where, **settings)
+            else:
+                with console.status("Loading the model"):
+                    dense, tokenizer = load_base(model, device, dtype)
+                with appearing(output_dir) as folder:
+                    moe = convert_to_dynamoe(dense, num_experts, processing_class=tokenizer, **settings)
+                    receipt = moe.conversion_receipt
+                    for part in (moe, tokenizer):
+                        part.save_pretrained(folder)
     except (OSError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     console.print(rich_table(receipt_table(receipt, short_name(model))))
@@ -151,6 +153,20 @@ def convert(
         markup=False,
         highlight=False,
     )
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A folder that is made, and gone again with those that it stands in if the block ends badly and nothing came into it."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        make_folder(folder)
+        yield
+    except BaseException:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def receipt_table(receipt: Any, name: str) -> Table:
@@ -230,36 +246,36 @@ def train(
     moe, tokenizer = load_nested(model, device, dtype)
     check_tokens(rows, moe.config.get_text_config().vocab_size)
     train_rows, held_out = split_off(rows, eval_rows, seed)
-    make_folder(output_dir)
     try:
-        args = DynaMoeTrainingConfig(
-            output_dir=str(output_dir),
-            max_steps=steps,
-            router_steps=router_steps,
-            sensitivity=sensitivity,
-            min_sensitivity=min_sensitivity,
-            active_fraction=active_fraction,
-            per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,
-            learning_rate=learning_rate,
-            router_learning_rate=router_learning_rate,
-            distillation_weight=distillation_weight,
-            warmup_steps=max(1, steps // 20),
-            lr_scheduler_type="cosine",
-            max_length=max_length,
-            seed=seed,
-            bf16=moe.device.type == "cuda" and torch.cuda.is_bf16_supported(),
-            use_cpu=moe.device.type == "cpu",
-            logging_steps=min(20, steps),
-            save_total_limit=2,
-            hub_model_id=push_to_hub,
-            report_to="none",
-        )
-        trainer = DynaMoeTrainer(
-            model=moe, args=args, train_dataset=train_rows, eval_dataset=held_out, processing_class=tokenizer
-        )
-        if push_to_hub is not None:  # what can't be pushed to is said before the training, not behind it
-            trainer.init_hf_repo()
+        with _made(output_dir):
+            args = DynaMoeTrainingConfig(
+                output_dir=str(output_dir),
+                max_steps=steps,
+                router_steps=router_steps,
+                sensitivity=sensitivity,
+                min_sensitivity=min_sensitivity,
+                active_fraction=active_fraction,
+                per_device_train_batch_size=batch_size,
+                per_device_eval_batch_size=batch_size,
+                learning_rate=learning_rate,
+                router_learning_rate=router_learning_rate,
+                distillation_weight=distillation_weight,
+                warmup_steps=max(1, steps // 20),
+                lr_scheduler_type="cosine",
+                max_length=max_length,
+                seed=seed,
+                bf16=moe.device.type == "cuda" and torch.cuda.is_bf16_supported(),
+                use_cpu=moe.device.type == "cpu",
+                logging_steps=min(20, steps),
+                save_total_limit=2,
+                hub_model_id=push_to_hub,
+                report_to="none",
+            )
+            trainer = DynaMoeTrainer(
+                model=moe, args=args, train_dataset=train_rows, eval_dataset=held_out, processing_class=tokenizer
+            )
+            if push_to_hub is not None:  # what can't be pushed to is said before the training, not behind it
+                trainer.init_hf_repo()
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     trainer.train(resume_from_checkpoint=resume or None)

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-# Where TRL looks for what is trained on.
+# Where TRL looks for what is trained on; beside a prompt, for its completion alone.
 _COLUMNS = {"conversations", "input_ids", "messages", "prompt", "text"}
+_BESIDE_A_PROMPT = {"completion", "input_ids"}
 
 
 def check_columns(rows: Dataset) -> None:
@@ -29,6 +30,11 @@ def check_columns(rows: Dataset) -> None:
     if _COLUMNS.isdisjoint(rows.column_names):
         raise typer.BadParameter(
             f"the dataset has none of the columns {', '.join(sorted(_COLUMNS))}, only {rows.column_names}."
+        )
+    if "prompt" in rows.column_names and _BESIDE_A_PROMPT.isdisjoint(rows.column_names):
+        raise typer.BadParameter(
+            f"the dataset has a `prompt` and no `completion` that belongs to it, only {rows.column_names}: add one, or leave the "
+            "`prompt` out to train on another column."
         )
 
 

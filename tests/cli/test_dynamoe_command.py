@@ -111,6 +111,8 @@ class TestConvert:
         for form in ((), ("--by-shards",)):
             convert = ("convert", "--model", base_folder, "--importance", "none", *form)
             says(invoke(*convert, "--output-dir", tmp_path / "x" / "y"), "can't make the folder", str(tmp_path / "x"))
+            says(invoke(*convert, "--output-dir", tmp_path / "a" / "b", "--num-experts", 5), "doesn't divide")
+        assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
     @pytest.mark.parametrize("form", [(), ("--by-shards",)])
     def test_what_is_there_already_stays(self, base_folder, tmp_path, form):
@@ -172,12 +174,24 @@ class TestTrain:
         ids = tmp_path / "ids.jsonl"
         ids.write_text('{"input_ids": [1, 2]}\n{"input_ids": [1, 9999]}\n')
         says(invoke(*train, "--dataset", ids), "row 1 of the dataset holds the token 9999", "vocabulary")
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text('{"prompt": "abc"}\n')
+        says(invoke(*train, "--dataset", prompts), "a `prompt` and no `completion`", "only ['prompt']")
         nulls = tmp_path / "nulls.jsonl"
         nulls.write_text('{"text": "abc"}\n{"text": null}\n')
         says(invoke(*train, "--dataset", nulls), "row 1 of the dataset has no text", "None")
         assert not (tmp_path / "out").exists()
         train = ("train", "--model", nested_folder, "--dataset", texts, "--steps", 1)
         says(invoke(*train, "--output-dir", table / "out"), "can't make the folder", str(table))
+
+    def test_what_is_refused_leaves_no_folder_behind(self, nested_folder, texts, tmp_path):
+        """Of a setting, which is refused before the trainer makes one too; a folder that was there stays."""
+        pytest.importorskip("trl")
+        (tmp_path / "mine").mkdir()
+        train = ("train", "--model", nested_folder, "--dataset", texts, "--steps", 1, "--device", "cpu")
+        for folder in (tmp_path / "mine", tmp_path / "a" / "b"):
+            says(invoke(*train, "--active-fraction", 0.5, "--output-dir", folder), "`active_fraction`=0.5 is a budget")
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
     def test_a_repository_that_can_not_be_pushed_to_is_said_before_training(
         self, nested_folder, texts, tmp_path, monkeypatch
@@ -186,7 +200,7 @@ class TestTrain:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         train = ("train", "--model", nested_folder, "--dataset", texts, "--output-dir", tmp_path / "out", "--steps", 1)
         says(invoke(*train, "--push-to-hub", "me/x", "--device", "cpu"), "offline mode")
-        assert not list((tmp_path / "out").glob("*.safetensors"))
+        assert not (tmp_path / "out").exists()
 
     def test_a_training_that_diverges_says_so(self, nested_folder, texts, tmp_path):
         pytest.importorskip("trl")
