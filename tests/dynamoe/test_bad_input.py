@@ -8,7 +8,6 @@ import numpy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +22,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dynamoe.models import WIDTH, WIDTHS, calibration_rows, random_ids, tiny_model, tiny_moe
-from hf_ext import DynaMoeConfig, DynaMoeForCausalLM, convert_to_dynamoe
+from hf_ext import DynaMoeConfig, convert_to_dynamoe
 
 
 NAMES_OF_ALL = "llama, mistral, qwen2, qwen3, gemma, olmo, phi3, gpt_neox"
@@ -283,84 +282,11 @@ def test_no_input():
         tiny_moe()(attention_mask=torch.ones(1, 3))
 
 
-@pytest.fixture
-def saved(tmp_path):
-    tiny_moe().save_pretrained(tmp_path)
-    return tmp_path
-
-
-def change_base(folder, **changes):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["base_config"].update(changes)
-    path.write_text(json.dumps(config))
-    return config
-
-
-def change_weights(folder, keep):
-    path = folder / "model.safetensors"
-    save_file({k: v for k, v in load_file(path).items() if keep(k)}, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"num_hidden_layers": 3}, r"lacks \d+ of \d+ tensors"),
-        ({"num_hidden_layers": 1}, r"holds \d+ tensors that the configuration has no place for.*`base_config`"),
-        ({"num_attention_heads": 8}, r"other shapes.*o_proj.*\(32, 32\) in place of \(32, 64\).*`base_config`"),
-        ({"vocab_size": 41}, r"other shapes.*\(40, 32\) in place of \(41, 32\)"),
-        ({"model_type": "qwen2"}, r"lacks \d+ of \d+ tensors.*q_proj\.bias"),
-        ({"intermediate_size": 48}, "`expert_widths` must be the whole MLP of 48"),
-    ],
-)
-@pytest.mark.parametrize("auto", [AutoModelForCausalLM, DynaMoeForCausalLM])
-def test_a_base_config_that_is_not_that_of_the_weights(changes, words, auto, saved):
-    change_base(saved, **changes)
-    with pytest.raises(ValueError, match=words):
-        auto.from_pretrained(saved)
-
-
-def test_a_checkpoint_without_its_routers(saved):
-    change_weights(saved, lambda key: ".router." not in key)
-    with pytest.raises(ValueError, match=r"lacks 8 of \d+ tensors .*router.*its routers were not saved"):
-        AutoModelForCausalLM.from_pretrained(saved)
-
-
-def test_a_checkpoint_that_lacks_a_tensor(saved):
-    change_weights(saved, lambda key: "layers.1.mlp.dense.up_proj" not in key)
-    with pytest.raises(ValueError, match=r"lacks 1 of \d+ tensors .*up_proj.*truncated.*download it again"):
-        AutoModelForCausalLM.from_pretrained(saved)
-
-
-@pytest.mark.parametrize("size", [0, 100, -100])
-def test_a_truncated_file(size, saved):
-    path = saved / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"model\.safetensors is truncated, damaged or a Git LFS pointer"):
-        AutoModelForCausalLM.from_pretrained(saved)
-
-
 def test_a_truncated_file_of_a_dense_model(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     refuse(tmp_path, [tmp_path, "is truncated, damaged or a Git LFS pointer"])
-
-
-def test_a_shard_that_is_absent(tmp_path):
-    tiny_moe().save_pretrained(tmp_path, max_shard_size="20KB")
-    gone = sorted(tmp_path.glob("*.safetensors"))[1]
-    gone.unlink()
-    with pytest.raises(OSError, match=gone.name):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_the_weights_of_a_dense_model(tmp_path):
-    """Under a nested model's configuration."""
-    tiny_model().save_pretrained(tmp_path)
-    tiny_moe().config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks .*`convert_to_dynamoe`"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_configuration_without_a_base():
@@ -375,27 +301,6 @@ def test_a_configuration_of_what_is_none():
         DynaMoeConfig(base_config="llama")
     with pytest.raises(ValueError, match=r"`label_sensitivity` must lie between 0.*got 5"):
         DynaMoeConfig(base_config=tiny_model().config, label_sensitivity=5)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("sensitivity", 1.5), ("label_sensitivity", -1), ("expert_widths", [20, 10, WIDTH]), ("router_hidden_size", 0)],
-)
-def test_settings_given_while_loading_are_checked(name, value, saved):
-    """As those of the file are, and not at the first call."""
-    for auto in (AutoConfig, AutoModelForCausalLM, DynaMoeForCausalLM):
-        with pytest.raises(ValueError, match=f"`{name}` must"):
-            auto.from_pretrained(saved, **{name: value})
-    config, unused = AutoConfig.from_pretrained(saved, sensitivity=0.5, other=1, return_unused_kwargs=True)
-    assert config.sensitivity == 0.5 and unused == {"other": 1}
-
-
-def test_a_dense_model_is_not_loaded_as_a_nested_one(tmp_path):
-    """Its configuration has none of the fields, whose defaults describe a model of 7 billion parameters."""
-    tiny_model().save_pretrained(tmp_path)
-    for own in (DynaMoeConfig, DynaMoeForCausalLM):
-        with pytest.raises(ValueError, match=r"is that of a 'llama' model.*`convert_to_dynamoe`"):
-            own.from_pretrained(tmp_path)
 
 
 def test_an_unknown_activation_or_a_bare_module_is_refused():
