@@ -355,11 +355,12 @@ class DynaMoeTrainer(SFTTrainer):
         last: dict[str, float] = next(
             (entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {}
         )
-        for value in self._evaluated if last else []:
-            loss, fraction = last[f"eval_{value:g}_lm_loss"], last[f"eval_{value:g}_active_fraction"]
-            facts[f"perplexity on the evaluation set at sensitivity {value:g}"] = (
-                f"{math.exp(loss):.3f} with {fraction:.0%} of the MLPs' neurons"
-            )
+        for value in self._evaluated:
+            # A resumed run may evaluate others than the entry of before; and a loss without bounds still has to be saved.
+            if (loss := last.get(f"eval_{value:g}_lm_loss")) is not None:
+                facts[f"perplexity on the evaluation set at sensitivity {value:g}"] = (
+                    f"{math.exp(min(loss, 700)):.3f} with {last[f'eval_{value:g}_active_fraction']:.0%} of the MLPs' neurons"
+                )
         card = dynamoe_model_card(
             self.routed,
             self.args.hub_model_id or model_name or Path(self.args.output_dir).name,

@@ -198,17 +198,6 @@ def test_what_is_saved_is_what_was_trained(tmp_path):
             torch.testing.assert_close(loaded(ids, sensitivity=sensitivity).logits, expected)
 
 
-def test_the_card_says_what_was_reached(tmp_path):
-    """Written into the folder with the last evaluation's figures, in place of a generic one."""
-    trainer = tiny_trainer(tmp_path, eval_dataset=texts(3, seed=9), eval_sensitivities=[0.5, 1.0])
-    trainer.train()
-    trainer.evaluate()
-    trainer.save_model()
-    trainer.create_model_card()
-    card = (tmp_path / "README.md").read_text()
-    assert "set_sensitivity" in card and "at sensitivity 0.5" in card and "DynaMoeTrainer" in card
-
-
 def test_an_evaluation_does_not_depend_on_its_batches(tmp_path):
     """Losses and fractions are averages over tokens, for each sensitivity, and the counts are of all tokens."""
     rows = texts(7, seed=9)
