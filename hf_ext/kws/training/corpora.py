@@ -1,7 +1,6 @@
 """Public corpora as rows of audio and text: LibriPhrase from any word alignment or from its lists, and Speech Commands."""
 
 import codecs
-import csv
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
 from hf_ext.kws.training.mining import PhoneticIndex
+from hf_ext.kws.training.utterances import read_table
 
 
 # What aligners write where nothing, or nothing known, is said.
@@ -228,7 +228,8 @@ def libriphrase_trials(
         `list[dict]`: trials for [`KwsTrialDataset`].
 
     Raises:
-        ValueError: for another subset or expansion, if a list lacks a column or a value, and if none has trials of the subset.
+        ValueError: for another subset or expansion, if a list is no CSV in UTF-8 or lacks a column or a value, and if none has
+            trials of the subset.
     """
     if subset not in ("easy", "hard") or expansion not in ("four", "two"):
         raise ValueError(
@@ -237,24 +238,23 @@ def libriphrase_trials(
     wanted = "random" if subset == "easy" else "hard"
     trials = []
     for path in [csv_files] if isinstance(csv_files, (str, os.PathLike)) else csv_files:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = sorted(set(_CSV_COLUMNS) - set(reader.fieldnames or ()))
-            if missing:
-                raise ValueError(f"The list {path} lacks the columns {missing}.")
-            for number, row in enumerate(reader, start=1):
-                if lacking := [name for name in _CSV_COLUMNS if not row[name]]:
-                    raise ValueError(f"The list {path} has no {lacking[0]} in row {number}.")
-                if row["target"] not in ("0", "1", "0.0", "1.0"):
-                    raise ValueError(f"The list {path} has in row {number} the target {row['target']!r}, no 0 or 1.")
-                kind = _LIBRIPHRASE_KINDS.get(row["type"], row["type"])
-                sides = [(str(Path(audio_dir) / row[side]), row[f"{side}_text"]) for side in ("anchor", "comparison")]
-                if kind == wanted or (kind == "positive" and expansion == "two"):
-                    label = int(float(row["target"]))
-                    for (audio, text), (_, phrase) in (sides, sides[::-1]):
-                        if expansion == "four":
-                            trials.append(_trial(audio, text, text, 1, "positive"))
-                        trials.append(_trial(audio, text, phrase, label, kind))
+        columns, rows = read_table(path)
+        missing = sorted(set(_CSV_COLUMNS) - set(columns))
+        if missing:
+            raise ValueError(f"The list {path} lacks the columns {missing}.")
+        for number, row in enumerate(rows, start=1):
+            if lacking := [name for name in _CSV_COLUMNS if not row[name]]:
+                raise ValueError(f"The list {path} has no {lacking[0]} in row {number}.")
+            if row["target"] not in ("0", "1", "0.0", "1.0"):
+                raise ValueError(f"The list {path} has in row {number} the target {row['target']!r}, no 0 or 1.")
+            kind = _LIBRIPHRASE_KINDS.get(row["type"], row["type"])
+            sides = [(str(Path(audio_dir) / row[side]), row[f"{side}_text"]) for side in ("anchor", "comparison")]
+            if kind == wanted or (kind == "positive" and expansion == "two"):
+                label = int(float(row["target"]))
+                for (audio, text), (_, phrase) in (sides, sides[::-1]):
+                    if expansion == "four":
+                        trials.append(_trial(audio, text, text, 1, "positive"))
+                    trials.append(_trial(audio, text, phrase, label, kind))
     if not trials:
         kinds = {kind: name for name, kind in _LIBRIPHRASE_KINDS.items()}
         raise ValueError(

@@ -22,6 +22,7 @@ from hf_ext._extras import missing_extra
 from hf_ext.kws.audio_input import check_sampling_rate, resample, to_mono_float
 from hf_ext.kws.g2p import check_phonemes, pronunciations
 from hf_ext.kws.spelling import spell_out
+from hf_ext.kws.training.utterances import read_table
 
 
 # The program that has to be there, and the Debian packages that bring it and its voices.
@@ -357,10 +358,7 @@ def _read_metadata(folder: Path) -> tuple[list[str], dict[str, dict[str, Any]]]:
     path = folder / "metadata.csv"
     if not path.exists():
         return list(_COLUMNS), {}
-    # Spreadsheets put a mark before the first column.
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows, columns = list(reader), list(reader.fieldnames or ())
+    columns, rows = read_table(path)
     if "file_name" not in columns:
         raise ValueError(f"`output_dir`: {path} is there and has no column file_name: choose another folder.")
     return list(dict.fromkeys([*_COLUMNS, *columns])), {row["file_name"]: row for row in rows}

@@ -33,12 +33,7 @@ def load_utterances(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(folder) / "metadata.csv"
     if not path.exists():
         raise FileNotFoundError(f"`folder` ({folder}) has no metadata.csv with the columns file_name and text.")
-    try:
-        # Spreadsheets put a mark before the first column.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: save it as such ({error}).") from error
+    _, rows = read_table(path)
     missing = {"file_name", "text"} - set(rows[0] if rows else ())
     if missing:
         raise ValueError(f"{path} has no rows or lacks the columns {sorted(missing)}.")
@@ -54,6 +49,20 @@ def load_utterances(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
+
+
+def read_table(path: str | os.PathLike[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The columns and the rows of a CSV file; raises a `ValueError` that names it if it is no text in UTF-8, or no CSV."""
+    try:
+        # Spreadsheets put a mark before the first column.
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            return list(reader.fieldnames or ()), rows
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is no text in UTF-8: save it as such ({error}).") from error
+    except csv.Error as error:
+        raise ValueError(f"{os.fspath(path)} is no CSV file: {error}.") from error
 
 
 def read_audio(row: Mapping[str, Any], sampling_rate: int = 16000) -> torch.Tensor:

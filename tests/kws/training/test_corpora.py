@@ -236,6 +236,16 @@ def test_rows_of_official_lists_that_are_none_are_named(tmp_path, row, problem):
         libriphrase_trials(path, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("anchor,anchor_text\na.wav,café\n".encode("latin-1"), "no text in UTF-8"), (b'a\n"' + b"x" * 200_000, "no CSV")],
+)
+def test_official_lists_that_cannot_be_read_are_named(content, problem, tmp_path):
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=f"list.csv is {problem}"):
+        libriphrase_trials(tmp_path / "list.csv", tmp_path)
+
+
 def speech_commands_of_the_hub(tmp_path):
     """The columns of google/speech_commands."""
     datasets = pytest.importorskip("datasets")
