@@ -92,6 +92,7 @@ class DynaMoeForCausalLM(DynaMoePreTrainedModel, DynaMoeGenerationMixin):
         shape = (config.base_config.num_hidden_layers, config.num_experts)
         self._usage = torch.zeros(shape, dtype=torch.long, device="cpu")
         nest_mlps(self.model, config, self.routing)
+        self.base_model.register_forward_pre_hook(self.routing.rest_outside_a_pass)
         self.post_init()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

@@ -72,6 +72,11 @@ class Routing:
         self.own_sensitivity = sensitivity
         self.settings, self.layers = PassSettings(sensitivity), None
 
+    def rest_outside_a_pass(self, *_: Any) -> None:
+        """In front of the decoder, which may run alone: what the last pass of a training left is not meant for it."""
+        if self.layers is None:
+            self.rest(self.own_sensitivity)
+
     def alone(self) -> AbstractContextManager[Any]:
         """What a pass stands in; a graph that is being traced has no locks."""
         return nullcontext() if torch.compiler.is_compiling() else self.turn
@@ -191,9 +196,6 @@ class NestedMlp(nn.Module):
                 The MLP's input, behind the norm.
         """
         routing, last = self.routing, self.config.num_experts - 1
-        if routing.layers is None and not torch.is_grad_enabled():
-            # The decoder runs alone: what the last pass of a training left is not meant for it.
-            routing.rest(routing.own_sensitivity)
         now = routing.settings
         expert = routing.given_expert(self.layer, self.config.num_experts)
         if isinstance(expert, torch.Tensor):

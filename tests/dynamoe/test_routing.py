@@ -156,6 +156,20 @@ def test_a_setting_of_one_call_ends_with_it():
         assert torch.equal(moe.get_output_embeddings()(hidden), expected)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_decoder_alone_routes_as_the_model_does(learns):
+    """Behind a pass that went backward, whose sensitivity and noise were its own: other trainers go on with the decoder."""
+    moe, ids = tiny_moe(), random_ids(2, 5)
+    moe.set_sensitivity(0.4)
+    expected = moe(ids).logits
+    for options in ({"sensitivity": 1.0}, {"router_noise": torch.full((2, 2, 7, 2), 9.0)}):
+        given = random_ids(2, 7) if "router_noise" in options else ids
+        moe(given, labels=given, **options).loss.backward()
+        with torch.set_grad_enabled(learns):
+            states = moe.base_model(ids).last_hidden_state
+            torch.testing.assert_close(moe.get_output_embeddings()(states), expected)
+
+
 @pytest.mark.parametrize("router_type", ["ordinal", "classifier"])
 def test_the_routers_loss_is_what_it_is_said_to_be(router_type):
     """A mean over layers and over tokens that are no padding, added to the language model's with its weight."""
