@@ -27,6 +27,14 @@ class CheckedLoading:
             refuse_other_weights(model, loaded[0], load_config.ignore_mismatched_sizes)
         return loaded
 
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        # Tensors in place of those of another shape have no values yet, and a router works as a whole.
+        for name in {key.rpartition(".router.")[0] for key, *_ in loading_info.mismatched_keys if ".router." in key}:
+            model.get_submodule(f"{name}.router").reset_parameters()
+        return loading_info
+
 
 @contextmanager
 def files_named(files: Any) -> Iterator[None]:

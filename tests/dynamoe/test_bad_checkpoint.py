@@ -6,8 +6,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dynamoe.models import WIDTH, tiny_model, tiny_moe
+from dynamoe.models import WIDTH, random_ids, tiny_model, tiny_moe
 from hf_ext import DynaMoeConfig, DynaMoeForCausalLM
+from hf_ext.dynamoe.routing import START
 
 
 @pytest.fixture
@@ -45,6 +46,17 @@ def test_a_base_config_that_is_not_that_of_the_weights(changes, words, auto, sav
     change_base(saved, **changes)
     with pytest.raises(ValueError, match=words):
         auto.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, DynaMoeForCausalLM])
+def test_routers_of_another_size_start_at_the_full_expert(auto, saved):
+    """Where the caller asks for fresh ones: transformers leaves them to the base model's rule, which skips them."""
+    model = auto.from_pretrained(saved, router_hidden_size=9, ignore_mismatched_sizes=True)
+    fresh = {"hidden.weight": 1 / 32**0.5, "hidden.bias": 1 / 32**0.5, "out.weight": 0, "out.bias": START}
+    for mlp in model.nested_mlps():
+        for name, weight in mlp.router.named_parameters():
+            assert weight.abs().max() <= fresh[name], name
+    assert (model(random_ids(2, 5), sensitivity=0.9, output_router_logits=True).expert_index == 2).all()
 
 
 def test_a_checkpoint_without_its_routers(saved):
