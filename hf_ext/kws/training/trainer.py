@@ -233,23 +233,35 @@ class KwsTrainer(Trainer):
             * self.args.gradient_accumulation_steps
             * self.args.world_size,
         }
-        measured: dict[str, float] = next(
-            (entry for entry in reversed(self.state.log_history) if "eval_auc" in entry), {}
-        )
         card = kws_model_card(
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
             self.args.hub_model_id or model_name or Path(folder).resolve().name,
             facts={name: value for name, value in facts.items() if value},
-            figures={
-                name.removeprefix("eval_"): value
-                for name, value in measured.items()
-                if name.endswith(("auc", "eer")) and name.startswith("eval_")
-            },
+            figures=self._reached(),
             tags=[tags] if isinstance(tags, str) else tags,
             license=license,
         )
         card.save(Path(folder) / "README.md")
+
+    def _reached(self) -> dict[str, float]:
+        """AUC and EER of the last evaluation, or of the last of each set where there are several, with its name before them."""
+        several = [f"{name}_" for name in self.eval_dataset] if isinstance(self.eval_dataset, Mapping) else []
+        figures = {}
+        for own in ["", *several]:
+            prefix = f"eval_{own}"
+            # A set may be called as a kind of negative is, and then have figures of the name of another's.
+            marks = {f"{prefix}auc", f"{prefix}runtime"}
+            last = next((entry for entry in reversed(self.state.log_history) if marks <= set(entry)), {})
+            kinds = [
+                name[len(prefix) : -len("auc")] for name in last if name.startswith(prefix) and name.endswith("auc")
+            ]
+            for kind in kinds:
+                # Metrics of one's own may have an AUC without the other.
+                if f"{prefix}{kind}eer" in last:
+                    row = f"{own[:-1]}, {kind or 'all_'}" if own else kind
+                    figures |= {f"{row}{measure}": last[f"{prefix}{kind}{measure}"] for measure in ("auc", "eer")}
+        return figures
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -191,6 +191,34 @@ def test_the_card_says_what_was_reached(tmp_path):
     assert all(words in card for words in ("# spotter", "| training data | my words |", "- mine", "license: mit"))
 
 
+def test_the_card_says_what_was_reached_on_each_of_several_sets(tmp_path):
+    # One is called as a kind of negative is.
+    sets = {
+        "far": KwsPairDataset(UTTERANCES[:4], every_kind=True),
+        "hard": KwsPairDataset(UTTERANCES, every_kind=True),
+    }
+    run = trainer(tmp_path, eval_dataset=sets)
+    figures = run.evaluate()
+    run.save_model()
+    card = (tmp_path / "README.md").read_text()
+    for name in sets:
+        for kind, row in {"": "all", "random_": "random", "hard_": "hard", "confusable_": "confusable"}.items():
+            auc, eer = (figures[f"eval_{name}_{kind}{measure}"] for measure in ("auc", "eer"))
+            assert f"| {name}, {row} | {auc:.1%} | {eer:.1%} |" in card
+
+
+def test_metrics_of_ones_own_leave_a_card(tmp_path):
+    run = KwsTrainer(
+        model=tiny_model(),
+        args=KwsTrainingConfig(str(tmp_path), report_to="none", use_cpu=True),
+        eval_dataset=KwsPairDataset(UTTERANCES),
+        compute_metrics=lambda prediction: {"auc": 0.5},
+    )
+    assert run.evaluate()["eval_auc"] == 0.5
+    run.save_model()
+    assert "equal error rate" not in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("model_class", "config_class"),
     [
