@@ -74,7 +74,10 @@ def evaluate(
     rows = load_rows(dataset, split, dataset_config, max_rows)
     check_tokens(rows, moe.config.get_text_config().vocab_size)
     limit = getattr(moe.config.get_text_config(), "max_position_embeddings", None) or max_length
-    found = token_rows(rows, tokenizer, min(max_length, limit), max_tokens)
+    try:
+        found = token_rows(rows, tokenizer, min(max_length, limit), max_tokens)
+    except (TypeError, ValueError) as error:  # a tokenizer without a chat template, text that is none
+        raise typer.BadParameter(f"can't read the dataset {dataset!r}: {error}") from error
     wanted = served_sensitivities(moe.config, sensitivity, (0.3, 0.5, 0.7, 0.8, 0.9))
     if show is not None and show not in wanted:
         raise typer.BadParameter(f"--show {show:g} is none of the sensitivities that are measured: {wanted}.")

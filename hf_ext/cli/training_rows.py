@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # Where TRL looks for what is trained on; beside a prompt, for its completion alone.
 _COLUMNS = {"conversations", "input_ids", "messages", "prompt", "text"}
 _BESIDE_A_PROMPT = {"completion", "input_ids"}
+# Those that may be plain strings.
+_TEXTS = ("text", "prompt", "completion")
 
 
 def check_columns(rows: Dataset) -> None:
@@ -40,7 +42,7 @@ def check_columns(rows: Dataset) -> None:
 
 def check_texts(rows: Dataset) -> None:
     """
-    Refuses rows whose `text`, where they have that column, is none.
+    Refuses rows whose text or conversation, in the column that is read, is none.
 
     Args:
         rows ([`~datasets.Dataset`]):
@@ -49,14 +51,28 @@ def check_texts(rows: Dataset) -> None:
     Raises:
         typer.BadParameter: naming the first.
     """
-    for number, text in enumerate(rows["text"] if "text" in rows.column_names else []):
-        if not isinstance(text, str):
-            raise typer.BadParameter(f"row {number} of the dataset has no text, its `text` is {text!r}: leave it out.")
+    for name in _read(rows.column_names):
+        for number, value in enumerate(rows[name]):
+            is_conversation = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
+            if not (isinstance(value, str) and name in _TEXTS) and not (is_conversation and name != "text"):
+                raise typer.BadParameter(
+                    f"row {number} of the dataset has no {'text' if name in _TEXTS else 'conversation'}, its `{name}` is "
+                    f"{value!r}: leave it out."
+                )
+
+
+def _read(columns: list[str]) -> tuple[str, ...]:
+    """The columns that TRL reads, by its order of preference; tokens need no reading."""
+    if "input_ids" in columns:
+        return ()
+    if "prompt" in columns:
+        return ("prompt", "completion")
+    return next(((name,) for name in ("conversations", "messages", "text") if name in columns), ())
 
 
 def check_tokens(rows: Dataset, vocab_size: int) -> None:
     """
-    Refuses rows whose `input_ids`, where they have that column, the model doesn't know.
+    Refuses rows whose `input_ids`, where they have that column, are no tokens or none that the model knows.
 
     Args:
         rows ([`~datasets.Dataset`]):
@@ -68,6 +84,10 @@ def check_tokens(rows: Dataset, vocab_size: int) -> None:
         typer.BadParameter: naming the first.
     """
     for number, ids in enumerate(rows["input_ids"] if "input_ids" in rows.column_names else []):
+        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+            raise typer.BadParameter(
+                f"row {number} of the dataset has `input_ids` that are no list of tokens: {ids!r}. Leave it out."
+            )
         wrong = [token for token in ids if not 0 <= token < vocab_size]
         if wrong:
             raise typer.BadParameter(

@@ -174,6 +174,8 @@ class TestTrain:
         ids = tmp_path / "ids.jsonl"
         ids.write_text('{"input_ids": [1, 2]}\n{"input_ids": [1, 9999]}\n')
         says(invoke(*train, "--dataset", ids), "row 1 of the dataset holds the token 9999", "vocabulary")
+        ids.write_text('{"input_ids": [1, 2]}\n{"input_ids": null}\n')
+        says(invoke(*train, "--dataset", ids), "row 1 of the dataset has `input_ids` that are no list of tokens: None")
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text('{"prompt": "abc"}\n')
         says(invoke(*train, "--dataset", prompts), "a `prompt` and no `completion`", "only ['prompt']")
@@ -243,6 +245,8 @@ class TestEval:
         ids = tmp_path / "ids.jsonl"
         ids.write_text('{"input_ids": [1, 9999]}\n')
         says(invoke("eval", "--model", nested_folder, "--dataset", ids), "row 0 of the dataset holds the token 9999")
+        ids.write_text('{"messages": [{"role": "user", "content": "abc"}]}\n')
+        says(invoke("eval", "--model", nested_folder, "--dataset", ids), "can't read the dataset", "chat_template")
 
 
 class TestBench:
