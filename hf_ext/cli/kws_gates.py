@@ -17,7 +17,7 @@ from hf_ext.cli.charts import Curve
 from hf_ext.cli.compare import progress_bar
 from hf_ext.cli.kws_scores import Scored, check_clips, drawn, unit_of
 from hf_ext.cli.kws_views import gate_activity
-from hf_ext.cli.loading import UNLOADABLE, chosen_device
+from hf_ext.cli.loading import UNLOADABLE, chosen_device, refusal
 from hf_ext.cli.report import Block, Prose, Section
 from hf_ext.metrics import share_of_macs_skipped
 
@@ -48,7 +48,7 @@ def load_detector(name: str | None, device: str | None = None) -> tuple[Any, Any
         model = GatedConformerForKeywordDetection.from_pretrained(name)
         extractor = AutoFeatureExtractor.from_pretrained(name)
     except UNLOADABLE as error:
-        raise typer.BadParameter(f"can't load the keyword model {name!r}: {error}") from error
+        raise refusal(f"the keyword model {name!r}", error) from error
     return model.to(chosen_device(device)).eval(), extractor
 
 

@@ -28,7 +28,7 @@ from hf_ext import (
     synthesize_phrases,
 )
 from hf_ext.cli.kws_scores import check_clips
-from hf_ext.cli.loading import UNLOADABLE, check_checkpoint, chosen_device, suitable_threads
+from hf_ext.cli.loading import UNLOADABLE, check_checkpoint, chosen_device, refusal, suitable_threads
 from hf_ext.cli.options import DeviceOption, ThreadsOption
 from hf_ext.cli.report import Table, rich_table
 from hf_ext.kws.modeling_auto import MODEL_FOR_KEYWORD_SPOTTING_MAPPING
@@ -181,7 +181,7 @@ def train(
             processing_class=processor,
             callbacks=[_TableOfPhonemes(kept, processor)] if has_table else None,
         )
-    except (*UNLOADABLE, RuntimeError) as error:
+    except UNLOADABLE as error:
         raise typer.BadParameter(str(error)) from error
     console.print(
         f"{len(pairs):,} clips of {len(vocabulary):,} phrases, {spotter.num_parameters():,} parameters{apart}",
@@ -300,7 +300,10 @@ def _model(name: str | None, model_type: str, settings: Sequence[str]) -> tuple[
     if name is not None:
         if settings:
             raise ValueError(f"--set {settings[0]} is for a new model, and --model {name} has its configuration.")
-        return AutoModelForKeywordSpotting.from_pretrained(name), AutoProcessor.from_pretrained(name)
+        try:
+            return AutoModelForKeywordSpotting.from_pretrained(name), AutoProcessor.from_pretrained(name)
+        except UNLOADABLE as error:
+            raise refusal(f"a keyword spotting model from {name!r}", error) from error
     types = [config.model_type for config in MODEL_FOR_KEYWORD_SPOTTING_MAPPING]
     if model_type not in types:
         raise ValueError(f"--model-type {model_type}: there are {', '.join(types)}.")

@@ -22,8 +22,8 @@ from hf_ext import DynaMoeForCausalLM, shipped_model
 from hf_ext.cli.compare import share_weights
 
 
-# What loading raises where there is no model, another kind of one, or files that are damaged or cut off.
-UNLOADABLE = (OSError, ValueError, SafetensorError, StrictDataclassError)
+# What loading raises where there is no model, another kind of one, or files that are damaged, cut off or of different models.
+UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 # Below so many parameters, a second thread gains nothing on a CPU: handing out the work takes longer than the work.
 _ONE_THREAD_BELOW = 5_000_000
 
@@ -78,8 +78,17 @@ def load_base(name: str, device: str | None = None, dtype: str = "auto") -> tupl
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except UNLOADABLE as error:
-        raise typer.BadParameter(f"can't load a causal language model from {name!r}: {error}") from error
+        raise refusal(f"a causal language model from {name!r}", error) from error
     return model.to(device).eval(), tokenizer
+
+
+def refusal(what: str, error: Exception) -> typer.BadParameter:
+    """The error of a command for something that can't be loaded, of what loading it raised."""
+    reason = str(error)
+    if "ignore_mismatched_sizes" in reason:
+        # An argument that no command has.
+        reason = "its weights have other sizes than its config.json gives (see above): put back the one they were saved with."
+    return typer.BadParameter(f"can't load {what}: {reason}")
 
 
 def chosen_device(device: str | None) -> str:
@@ -139,9 +148,7 @@ def load_spotter(name: str | None, device: str | None = None) -> Any:
         model = AutoModelForKeywordSpotting.from_pretrained(folder)
         processor = AutoProcessor.from_pretrained(folder)
     except UNLOADABLE as error:
-        raise typer.BadParameter(
-            f"can't load a keyword spotting model from {name or 'the package'!r}: {error}"
-        ) from error
+        raise refusal(f"a keyword spotting model from {name or 'the package'!r}", error) from error
     return pipeline("keyword-spotting", model=model, processor=processor, device=chosen_device(device))
 
 

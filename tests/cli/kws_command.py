@@ -1,5 +1,6 @@
 """The commands for keyword spotting, called as a user calls them."""
 
+import json
 import shutil
 
 from typer.testing import CliRunner
@@ -30,3 +31,11 @@ def without_its_end(folder, parent):
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     return damaged
+
+
+def with_another_config(folder, parent, **fields):
+    """The folder of a model whose config.json is another's."""
+    other = shutil.copytree(folder, parent / f"{folder.name}-other", dirs_exist_ok=True)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, **fields}))
+    return other

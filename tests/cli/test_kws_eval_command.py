@@ -5,7 +5,7 @@ import pytest
 import soundfile
 import torch
 
-from cli.kws_command import WORDS, invoke, says, without_its_end
+from cli.kws_command import WORDS, invoke, says, with_another_config, without_its_end
 from hf_ext import (
     AutoModelForKeywordSpotting,
     GatedConformerConfig,
@@ -142,9 +142,8 @@ class TestEval:
         says(invoke(*model, "--data", tmp_path / "missing"), "can't make trials", "metadata.csv")
         damaged = without_its_end(spotter_folder, tmp_path)
         says(invoke("kws", "eval", "--model", damaged, "--data", recordings), "can't load", "incomplete metadata")
-        config = json.loads((damaged / "config.json").read_text())
-        (damaged / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
-        says(invoke("kws", "eval", "--model", damaged, "--data", recordings), "can't load", "expected int, got str")
+        other = with_another_config(spotter_folder, tmp_path, hidden_size="wide")
+        says(invoke("kws", "eval", "--model", other, "--data", recordings), "can't load", "expected int, got str")
         diverged = AutoModelForKeywordSpotting.from_pretrained(spotter_folder)
         diverged.head.utterance.bias.data.fill_(float("nan"))
         diverged.save_pretrained(tmp_path / "diverged")
@@ -172,6 +171,13 @@ class TestEval:
         ]:
             file.write_text(content)
             says(invoke(*model, "--data", file), words)
+
+
+@pytest.mark.parametrize("command", ["eval", "train"])
+def test_weights_of_other_sizes_than_the_config_gives_are_told(command, recordings, spotter_folder, tmp_path):
+    other = with_another_config(spotter_folder, tmp_path, hidden_size=32)
+    outcome = invoke("kws", command, "--model", other, "--data", recordings, "--output-dir", tmp_path / "x")
+    says(outcome, "can't load a keyword spotting model", "tiny-other", "have other sizes than its config.json gives")
 
 
 class TestDemo:
