@@ -14,7 +14,16 @@ from rich.console import Console
 
 from hf_ext.cli.compare import describe_machine
 from hf_ext.cli.kws_gates import gates_section, load_detector, score_keywords
-from hf_ext.cli.kws_scores import NEGATIVES, Figures, Scored, figures_of, load_trials, score_trials
+from hf_ext.cli.kws_scores import (
+    NEGATIVES,
+    Figures,
+    Scored,
+    figures_of,
+    left_out,
+    load_trials,
+    longest_phrase,
+    score_trials,
+)
 from hf_ext.cli.kws_views import (
     alignment,
     det_curve,
@@ -90,12 +99,14 @@ def evaluate(
     # Before the scoring, which takes long, and not behind it.
     make_folder(output_dir)
     measured = detector[0] if detector else spotter.model
+    missing = ""
     with suitable_threads(measured, threads):
         if detector:
             scored, clips = score_keywords(*detector, data, max_clips, seed, console)
             inside = [gates_section(*detector, clips)]
         else:
-            trials = load_trials(data, spotter.tokenizer, kinds, max_clips, seed)
+            trials = load_trials(data, spotter.tokenizer, kinds, max_clips, seed, longest_phrase(spotter.model))
+            missing = left_out(trials)
             scored = score_trials(spotter, trials, chunk_length, max_pronunciations, console)
             surest = int(np.where(scored.labels == 1, scored.scores, -np.inf).argmax())
             inside = [Section("inside", "What happens inside", [_LEGEND, *shown_inside(spotter, trials[surest])], [])]
@@ -106,7 +117,7 @@ def evaluate(
     caption = (
         f"{name} on {short_name(str(data))}: {len(scored.scores):,} trials of {len(set(scored.phrases)):,} phrases"
     )
-    sections = [_detection(scored, figures, caption), *inside]
+    sections = [_detection(scored, figures, caption, missing), *inside]
     for section in sections:
         if section.terminal:
             print_section(section, console)
@@ -132,9 +143,9 @@ def evaluate(
     console.print("Written: " + ", ".join(map(str, written)), markup=False, highlight=False)
 
 
-def _detection(scored: Scored, figures: Sequence[Figures], caption: str) -> Section:
+def _detection(scored: Scored, figures: Sequence[Figures], caption: str, missing: str) -> Section:
     kinds = [kind for kind in NEGATIVES if kind in {own.negatives for own in figures}]
-    table, said = figures_table(figures, caption), Prose(" ".join(verdict(figures, scored.unit)))
+    table, said = figures_table(figures, caption), Prose(" ".join([*verdict(figures, scored.unit), missing]).strip())
     mistakes = mistakes_table(scored)
     charts: list[Block] = [det_curve(scored, kinds), score_histograms(scored)]
     return Section("detection", "Which phrases it finds", [said, table, *charts, mistakes], [table, mistakes, said])

@@ -18,6 +18,8 @@ from hf_ext.metrics import bootstrap_interval, det_points, equal_error_rate, roc
 
 
 NEGATIVES = ("random", "hard", "confusable")
+# Of the papers' longest phrases, where a model takes any.
+USUAL_PHONEMES = 25
 _COLUMNS = ("audio", "phrase", "label")
 # Enough to see that there are samples.
 _SECONDS_READ = 0.01
@@ -79,7 +81,12 @@ class Figures:
 
 
 def load_trials(
-    data: Path, tokenizer: Any, kinds: Sequence[str], max_clips: int | None = None, seed: int = 0
+    data: Path,
+    tokenizer: Any,
+    kinds: Sequence[str],
+    max_clips: int | None = None,
+    seed: int = 0,
+    max_phonemes: int = USUAL_PHONEMES,
 ) -> KwsTrialDataset:
     """
     Trials from a CSV file, or made from an audiofolder: each clip with its text and with one phrase of each kind.
@@ -96,6 +103,8 @@ def load_trials(
             So many clips, drawn at random.
         seed (`int`, *optional*, defaults to `0`):
             Of the draws.
+        max_phonemes (`int`, *optional*, defaults to `25`):
+            Clips of a folder whose text has more are left out.
 
     Raises:
         typer.BadParameter: where there is no such file or folder, or a column or class is missing.
@@ -110,9 +119,26 @@ def load_trials(
         check_clips(utterances)
         # Phrases that sound alike are found by their phonemes, also for a model that takes words.
         sounds = tokenizer if hasattr(tokenizer, "pronunciations") else None
-        return KwsPairDataset(utterances, sounds, shares=shares, every_kind=True, seed=seed)
+        return KwsPairDataset(utterances, sounds, shares=shares, every_kind=True, max_phonemes=max_phonemes, seed=seed)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"can't make trials from {str(data)!r}: {error}") from error
+
+
+def longest_phrase(model: Any) -> int:
+    """Phonemes of the longest phrase that a model is trained on and tried with."""
+    return getattr(model.config, "longest_phrase", None) or USUAL_PHONEMES
+
+
+def left_out(*pairs: KwsTrialDataset | None) -> str:
+    """A sentence on the clips that were given and are none of the pairs; empty without any."""
+    drawn_from = [own for own in pairs if isinstance(own, KwsPairDataset)]
+    count = sum(own.num_left_out for own in drawn_from)
+    if not count:
+        return ""
+    return (
+        f"{count:,} of {sum(len(own.trials) for own in drawn_from):,} clips are left out: their texts have more than "
+        f"{drawn_from[0].max_phonemes} phonemes. Cut sentences into phrases, with the columns `start` and `end` in seconds."
+    )
 
 
 def drawn(rows: Sequence[Any], count: int | None, seed: int) -> list[Any]:

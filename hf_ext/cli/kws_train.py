@@ -27,7 +27,7 @@ from hf_ext import (
     read_audio,
     synthesize_phrases,
 )
-from hf_ext.cli.kws_scores import check_clips
+from hf_ext.cli.kws_scores import check_clips, left_out, longest_phrase
 from hf_ext.cli.loading import UNLOADABLE, check_checkpoint, chosen_device, refusal, suitable_threads
 from hf_ext.cli.options import DeviceOption, ThreadsOption
 from hf_ext.cli.report import Table, rich_table
@@ -37,8 +37,6 @@ from hf_ext.kws.modeling_auto import MODEL_FOR_KEYWORD_SPOTTING_MAPPING
 # So many clips give the mean and the spread of each channel well enough.
 _CLIPS_FOR_STATISTICS = 200
 _CLIPS_FOR_TABLE = 5_000
-# Of the papers' longest phrases, where a model takes any.
-_USUAL_PHONEMES = 25
 # A model that takes words takes no confusable phrases, which are made up of phonemes.
 _SHARES_OF_WORDS = {"positive": 0.5, "random": 0.25, "hard": 0.25}
 # Below so many phrases, none can be spared for evaluation.
@@ -148,8 +146,11 @@ def train(
         check_clips([*kept, *held_out])
         processor = processor or KwsProcessor(_normalising_extractor(kept, spotter.config.num_mel_bins))
         vocabulary = sorted({row["text"] for row in kept})
-        longest = getattr(spotter.config, "longest_phrase", None) or _USUAL_PHONEMES
-        drawn: dict[str, Any] = {"tokenizer": processor.tokenizer, "max_phonemes": longest, "seed": seed}
+        drawn: dict[str, Any] = {
+            "tokenizer": processor.tokenizer,
+            "max_phonemes": longest_phrase(spotter),
+            "seed": seed,
+        }
         if processor.takes_words:
             drawn |= {"tokenizer": None, "shares": _SHARES_OF_WORDS}
         pairs = KwsPairDataset(kept, augmenter=augmenter, **drawn)
@@ -188,13 +189,15 @@ def train(
         markup=False,
         highlight=False,
     )
+    if missing := left_out(pairs, eval_pairs):
+        console.print(missing, markup=False, highlight=False)
     with suitable_threads(spotter, threads or torch.get_num_threads()):
         trainer.train(resume_from_checkpoint=resume or None)
         if not all(weight.isfinite().all() for weight in spotter.parameters()):
             console.print(f"Training diverged: take a --learning-rate below {learning_rate:g}.", style="red")
             raise typer.Exit(1)
         if eval_pairs is not None:
-            console.print(rich_table(_training_table(trainer.evaluate(), f"{len(held_out):,} clips")))
+            console.print(rich_table(_training_table(trainer.evaluate(), f"{len(eval_pairs.rows):,} clips")))
     # The card says what the evaluation found.
     trainer.save_model()
     measured_on = eval_data or (data[0] if data else output_dir / "synthesised")

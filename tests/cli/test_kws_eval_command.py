@@ -5,13 +5,15 @@ import pytest
 import soundfile
 import torch
 
-from cli.kws_command import WORDS, invoke, says, with_another_config, without_its_end
+from cli.kws_command import QUICK, TINY, WORDS, invoke, says, with_another_config, without_its_end
 from hf_ext import (
     AutoModelForKeywordSpotting,
     GatedConformerConfig,
     GatedConformerForKeywordDetection,
     KwsFeatureExtractor,
     KwsProcessor,
+    SlickConfig,
+    SlickForKeywordSpotting,
 )
 from hf_ext.cli import demo_kws
 
@@ -171,6 +173,49 @@ class TestEval:
         ]:
             file.write_text(content)
             says(invoke(*model, "--data", file), words)
+
+
+LONG = "this is a sentence of many more sounds than any phrase that a spotter takes"
+
+
+class TestLongTexts:
+    @pytest.fixture
+    def sentences(self, recordings, tmp_path):
+        rows = [
+            f"{recordings / name}-ann.wav,{text}" for name, text in [("stop", "stop"), ("yes", "yes"), ("no", LONG)]
+        ]
+        (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+        return tmp_path
+
+    def test_clips_that_are_left_out_are_told(self, sentences, spotter_folder):
+        pytest.importorskip("matplotlib")
+        outcome = invoke(
+            *("kws", "eval", "--model", spotter_folder, "--data", sentences, "--output-dir", sentences / "out"),
+            *("--device", "cpu", "--resamples", 0),
+        )
+        assert outcome.exit_code == 0, outcome.output
+        told = "1 of 3 clips are left out: their texts have more than 25 phonemes"
+        assert told in " ".join(outcome.output.split())
+        assert told in (sentences / "out" / "index.html").read_text()
+
+    def test_those_that_nothing_is_trained_on_too(self, sentences):
+        outcome = invoke(
+            *("kws", "train", "--data", sentences, "--output-dir", sentences / "out", *TINY, *QUICK, "--eval-clips", 0)
+        )
+        assert outcome.exit_code == 0, outcome.output
+        assert "1 of 3 clips are left out" in " ".join(outcome.output.split())
+
+    def test_a_model_is_tried_with_phrases_that_it_takes(self, recordings, tmp_path):
+        pytest.importorskip("matplotlib")
+        config = SlickConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=16, max_phonemes=5)
+        SlickForKeywordSpotting(config).save_pretrained(tmp_path / "short")
+        KwsProcessor().save_pretrained(tmp_path / "short")
+        outcome = invoke(
+            *("kws", "eval", "--model", tmp_path / "short", "--data", recordings, "--output-dir", tmp_path / "out"),
+            *("--device", "cpu", "--resamples", 0),
+        )
+        assert outcome.exit_code == 0, outcome.output
+        assert "10 of 20 clips are left out: their texts have more than 5" in " ".join(outcome.output.split())
 
 
 @pytest.mark.parametrize("command", ["eval", "train"])

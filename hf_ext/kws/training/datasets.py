@@ -218,6 +218,11 @@ class KwsPairDataset(KwsTrialDataset):
         return len(self.rows) * (len(self.kinds) if self.every_kind else 1)
 
     @property
+    def num_left_out(self) -> int:
+        """Utterances of more than `max_phonemes`, which no pair is made of."""
+        return len(self.trials) - len(self.rows)
+
+    @property
     def most_phonemes(self) -> int:
         """The most phonemes that a phrase may have."""
         # What is made up has up to three more than what it is taken for.
