@@ -18,9 +18,9 @@ from hf_ext.row_generators import row_generator
 
 from .modeling_dynamoe import DynaMoeForCausalLM
 from .routing import smallest_sufficient, straight_through
-from .trainer_checks import check_functions, check_routers, check_rows, check_settings, check_teacher
+from .trainer_checks import check_functions, check_prepared, check_routers, check_rows, check_settings, check_teacher
 from .trainer_config import DynaMoeTrainingConfig
-from .trainer_figures import routing_figures
+from .trainer_figures import confusion_counts, routing_figures
 
 
 IGNORE_INDEX = -100
@@ -114,6 +114,7 @@ class DynaMoeTrainer(SFTTrainer):
             teacher_model.config.sensitivity = 1.0
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         check_routers(args, self.model)
+        check_prepared(self.train_dataset, args)
         if args.sensitivity is not None and routed.config.router_type == "classifier":
             self.routed.config.sensitivity = args.sensitivity
             self.routed.routing.rest(args.sensitivity)
@@ -296,10 +297,7 @@ class DynaMoeTrainer(SFTTrainer):
             self._total_train_tokens += self._over_rows(mode, num_tokens).item()
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
             return
-        pairs_of_experts = (wanted * config.num_experts + chosen).transpose(0, 1)
-        counts = pairs_of_experts.new_zeros(*pairs_of_experts.shape[:2], config.num_experts**2)
-        counts.scatter_add_(-1, pairs_of_experts, mask[:, None].to(counts).expand_as(pairs_of_experts))
-        counts = self._over_rows(mode, counts).unflatten(-1, (config.num_experts, config.num_experts)).cpu()
+        counts = self._over_rows(mode, confusion_counts(wanted, chosen, mask, config.num_experts)).cpu()
         self.confusion[float(sensitivity[0])] = self.confusion.get(float(sensitivity[0]), 0) + counts
 
     def _over_rows(self, mode: str, rows: torch.Tensor) -> torch.Tensor:

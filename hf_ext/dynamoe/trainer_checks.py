@@ -62,6 +62,26 @@ def check_rows(name: str, rows: Any, args: DynaMoeTrainingConfig, formatting_fun
         )
 
 
+def check_prepared(rows: Any, args: DynaMoeTrainingConfig) -> None:
+    """
+    Refuses a dataset of which nothing is left: TRL drops rows without a token that is trained on.
+
+    Args:
+        rows ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The tokenized rows to train on; those that are streamed are unknown yet.
+        args ([`DynaMoeTrainingConfig`]):
+            Settings.
+
+    Raises:
+        ValueError: with the length that they were cut to.
+    """
+    if hasattr(rows, "__len__") and len(rows) == 0:
+        raise ValueError(
+            f"`train_dataset` has no row with a token that is trained on: all are empty, or `max_length`={args.max_length} cuts "
+            "their completions off. Raise it, or shorten the prompts."
+        )
+
+
 def check_settings(args: DynaMoeTrainingConfig, routed: DynaMoeForCausalLM) -> None:
     """
     Refuses settings that don't fit the routers.

@@ -32,3 +32,22 @@ def routing_figures(
         for expert in range(len(widths)):
             figures[f"layer_{layer}_expert_{expert}"] = (experts == expert).float()
     return figures
+
+
+def confusion_counts(wanted: torch.Tensor, chosen: torch.Tensor, mask: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """
+    Args:
+        wanted (`torch.LongTensor` of shape `(num_layers, batch_size, sequence_length)`), chosen (`torch.LongTensor` of the same shape):
+            The experts that labels ask for, and those that routers choose.
+        mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`):
+            Where there are tokens.
+        num_experts (`int`):
+            Number of experts.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, num_layers, num_experts, num_experts)`: tokens by label and choice.
+    """
+    pairs = (wanted * num_experts + chosen).transpose(0, 1)
+    counts = pairs.new_zeros(*pairs.shape[:2], num_experts**2)
+    counts.scatter_add_(-1, pairs, mask[:, None].to(counts).expand_as(pairs))
+    return counts.unflatten(-1, (num_experts, num_experts))

@@ -73,3 +73,12 @@ def test_text_of_another_column_is_read_where_it_is_named_or_made(tmp_path):
     )
     for trainer in (named, made):
         assert [ids[:2] for ids in trainer.train_dataset["input_ids"]] == [[3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize(
+    "columns", [{"prompt": ["w2 w3 w4 w5 w6"], "completion": [" w7"]}, {"input_ids": [[], []]}], ids=["cut", "empty"]
+)
+def test_rows_of_which_nothing_is_left_are_refused(tmp_path, columns):
+    """When the trainer is made, and not by a sampler without samples."""
+    with pytest.raises(ValueError, match=r"`train_dataset` has no row with a token.*`max_length`=4 cuts"):
+        tiny_trainer(tmp_path, train_dataset=Dataset.from_dict(columns), max_length=4)
