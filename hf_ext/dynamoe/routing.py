@@ -72,6 +72,10 @@ def smallest_sufficient(nearness: torch.Tensor, sensitivity: float | torch.Tenso
 class RouterLinear(nn.Linear):
     """Not `nn.Linear` itself, which is what quantisation replaces: routers are small, and trained behind it too."""
 
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        # TRL trains a quantised model's other weights in bfloat16, whatever the states are in.
+        return super().forward(input.to(self.weight.dtype))
+
 
 class DynaMoeRouter(nn.Module):
     """

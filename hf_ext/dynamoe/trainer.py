@@ -98,7 +98,8 @@ class DynaMoeTrainer(SFTTrainer):
             raise TypeError(f"`args` must be a DynaMoeTrainingConfig, got {type(args).__name__}.")
         if isinstance(model, (str, os.PathLike)):
             # As SFT does: updates at usual rates vanish in weights of 16 bits.
-            model = DynaMoeForCausalLM.from_pretrained(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+            options = {"dtype": "float32", "quantization_config": kwargs.pop("quantization_config", None)}
+            model = DynaMoeForCausalLM.from_pretrained(model, **{**options, **(args.model_init_kwargs or {})})
         routed = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not isinstance(routed, DynaMoeForCausalLM):
             raise TypeError(

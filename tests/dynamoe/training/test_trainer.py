@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig
 
 from dynamoe.models import WIDTHS, spread_routers, tiny_model
@@ -381,3 +381,18 @@ def test_a_model_named_by_its_folder_is_trained_in_full_precision(tmp_path):
     assert tiny_trainer(tmp_path, model=folder).model.dtype == torch.float32
     asked = tiny_trainer(tmp_path, model=tmp_path / "saved", model_init_kwargs={"dtype": "bfloat16"})
     assert asked.model.dtype == torch.bfloat16
+
+
+def test_a_model_named_by_its_folder_is_quantised_where_that_is_asked_for(tmp_path):
+    """As SFT does; its routers are not, and are trained."""
+    nested().save_pretrained(tmp_path / "saved")
+    trainer = DynaMoeTrainer(
+        model=str(tmp_path / "saved"),
+        args=settings(tmp_path, max_steps=1),
+        train_dataset=texts(),
+        processing_class=tiny_tokenizer(),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+        peft_config=LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["router"]),
+    )
+    assert trainer.routed.is_loaded_in_4bit
+    assert any(".router." in name for name in moved_by(trainer))
