@@ -384,7 +384,11 @@ def _neurons(mlp: nn.Module) -> int | None:
 
 
 def nest_mlps(model: nn.Module, config: DynaMoeConfig, routing: Routing) -> None:
-    """Puts a [`NestedMlp`] around every MLP of a dense model, in place."""
+    """Puts a [`NestedMlp`] around every MLP of a dense model, in place; what it checkpoints already routes from then on."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
+            routed = partial(routing.checkpointed, module._gradient_checkpointing_func)
+            module._gradient_checkpointing_func = routed  # type: ignore[assignment]
     for layer, (parent, name) in enumerate(mlp_places(model, config.base_config)):
         dense = getattr(parent, name)
         nested = NestedMlp(dense, config, layer, routing)

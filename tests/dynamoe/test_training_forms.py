@@ -10,9 +10,9 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from dynamoe.models import random_ids, spread_routers, tiny_moe
+from dynamoe.models import WIDTHS, random_ids, spread_routers, tiny_model, tiny_moe
 from dynamoe.training.setting import tiny_tokenizer
-from hf_ext import DynaMoeForCausalLM
+from hf_ext import DynaMoeForCausalLM, convert_to_dynamoe
 
 
 GATED = ["gate_proj", "up_proj", "down_proj"]
@@ -119,14 +119,19 @@ def test_checkpointing_leaves_gradients_alone(router_type, follow):
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
 
 
+@pytest.mark.parametrize("enabled", ["before the conversion", "behind it"])
 @pytest.mark.parametrize("between", ["a teacher's pass", "a pass that learns too", "a pass of a copy"])
-def test_checkpointed_layers_route_as_their_own_pass_did(between):
+def test_checkpointed_layers_route_as_their_own_pass_did(between, enabled):
     """Whatever passes come between it and its way back, as in distillation from itself or in losses of pairs."""
     ids, gradients = random_ids(2, 9), []
     for checkpointed in (False, True):
-        moe = tiny_moe().train()
-        if checkpointed:
-            moe.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        dense, options = tiny_model(), {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        if checkpointed and enabled == "before the conversion":
+            dense.gradient_checkpointing_enable(**options)
+        moe = convert_to_dynamoe(dense, expert_widths=WIDTHS, importance="none").train()
+        spread_routers(moe)
+        if checkpointed and enabled == "behind it":
+            moe.gradient_checkpointing_enable(**options)
         loss = moe(ids, sensitivity=0.4, labels=ids, use_cache=False).loss
         if between == "a teacher's pass":
             with torch.no_grad():
