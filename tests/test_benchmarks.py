@@ -141,3 +141,17 @@ def test_nested_experts_are_measured(script, options, titles, folders, tmp_path,
     page = next(tmp_path.glob(f"{script}_*.md")).read_text()
     assert [title for title in titles if f"## {title}" not in page] == []
     assert page.count("| routed") >= (script != "ablations")
+
+
+def test_the_speed_of_nested_experts_is_measured(tmp_path, monkeypatch):
+    """Of the MLPs alone and of the whole model, one expert for all tokens and routers."""
+    run_module(
+        "benchmarks.dynamoe.speed", monkeypatch, "--hidden_size", 16, "--intermediate_size", 32, "--num_layers", 2,
+        "--prompt_length", 8, "--context", 4, "--rounds", 2, "--results_dir", tmp_path,
+    )  # fmt: skip
+    page = (tmp_path / "speed_16x32x2_cpu.md").read_text()
+    assert all(f"| {name} | " in page for name in ("dense", "fixed, 0.25", "fixed, 0.50", "fixed, 0.75", "routed"))
+    seconds = json.loads((tmp_path / "speed_16x32x2_cpu.json").read_text())["seconds"]
+    assert {what: len(times) for what, times in seconds.items()} == dict.fromkeys(
+        ("decode, MLPs", "decode", "prefill, MLPs", "prefill"), 5
+    )

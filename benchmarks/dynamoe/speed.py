@@ -137,7 +137,7 @@ def mlp_calls(moe: Any, options: dict[str, dict[str, Any]], length: int) -> dict
         def run() -> None:
             with torch.no_grad():
                 x = next(turns)
-                moe.routing.begin(sensitivity, given.get("expert_index"), None, False, False)
+                moe.routing.begin(sensitivity, given.get("expert_index"))
                 for mlp in mlps:
                     mlp(x)
                 moe.routing.end()
