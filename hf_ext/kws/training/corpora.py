@@ -1,10 +1,7 @@
 """Public corpora as rows of audio and text: LibriPhrase from any word alignment or from its lists, and Speech Commands."""
 
-import codecs
-import json
 import math
 import os
-import re
 import tarfile
 import zlib
 from collections import defaultdict
@@ -14,13 +11,13 @@ from random import Random
 from typing import Any, Literal, NamedTuple
 
 from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
+from hf_ext.kws.training.aligner_files import read_words
 from hf_ext.kws.training.mining import PhoneticIndex
 from hf_ext.kws.training.utterances import read_table
 
 
 # What aligners write where nothing, or nothing known, is said.
 _SILENCES = {"", "<sil>", "sil", "sp", "spn", "<s>", "</s>", "<eps>", "<unk>", "[noise]", "[speech]", "++noise++"}
-_UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _LIBRIPHRASE_KINDS = {
     "diffspk_positive": "positive",
     "diffspk_easyneg": "random",
@@ -52,7 +49,7 @@ def read_alignment(path: str | os.PathLike[str], tier: str = "words") -> list[Al
         `list[AlignedWord]`: in order. Silence has an empty text.
 
     Raises:
-        ValueError: if the file is none of these, has no such tier, or times that are none.
+        ValueError: if the file is none of these or was cut off, has no such tier or several, or times that are none.
 
     Example:
 
@@ -67,16 +64,7 @@ def read_alignment(path: str | os.PathLike[str], tier: str = "words") -> list[Al
     ['lights', 'lights on']
     ```
     """
-    content = Path(path).read_bytes()
-    try:
-        # Praat writes UTF-16 where a text has more than ASCII.
-        text = content.decode("utf-16" if content[:2] in _UTF_16_MARKS else "utf-8-sig")
-        words = _from_json(json.loads(text), tier) if text.lstrip()[:1] in ("{", "[") else _from_textgrid(text, tier)
-        words = [(_word(word), float(start), float(end)) for word, start, end in words]
-    except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
-        raise ValueError(f"`path` ({path}) is no word alignment as TextGrid or JSON: {error!r}") from error
-    except ValueError as error:
-        raise ValueError(f"`path` ({path}): {error}") from error
+    words = read_words(Path(path), tier)
     for word, start, end in words:
         if not 0 <= start <= end < math.inf:
             raise ValueError(f"`path` ({path}) has the word {word!r} from {start} s to {end} s, which is no time.")
@@ -356,44 +344,3 @@ def _trial(audio: str, text: str, phrase: str, label: int, kind: str) -> dict[st
 
 def _listed(path: Path) -> set[str] | None:
     return set(path.read_text(encoding="utf-8").split()) if path.exists() else None
-
-
-def _word(text: str) -> str:
-    # PocketSphinx and CMU's dictionary number the pronunciations of a word: "and(2)".
-    return re.sub(r"\(\d+\)$", "", text.strip())
-
-
-def _from_json(content: Any, tier: str) -> list[tuple[str, float, float]]:
-    if isinstance(content, Mapping) and "w" in content:
-        return [(word["t"], word["b"], round(word["b"] + word["d"], 6)) for word in content["w"]]
-    if isinstance(content, Mapping) and "tiers" in content:
-        if tier not in content["tiers"]:
-            raise ValueError(f"there is no tier {tier!r}, only {sorted(content['tiers'])} (`tier`).")
-        return [(text, float(start), float(end)) for start, end, text in content["tiers"][tier]["entries"]]
-    words = content["words"] if isinstance(content, Mapping) else content
-    return [
-        (word["word"] if "word" in word else word["text"], float(word["start"]), float(word["end"])) for word in words
-    ]
-
-
-def _from_textgrid(text: str, tier: str) -> list[tuple[str, float, float]]:
-    # Names in the long form only tell what the order says: numbers and quoted texts are the same in both.
-    tokens = [
-        string.replace('""', '"') if number == "" else float(number)
-        for string, number in re.findall(
-            r'"((?:[^"]|"")*)"|(?<![\w.\[])(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)(?![\w.\]])', text
-        )
-    ]
-    if tokens[:2] != ["ooTextFile", "TextGrid"]:
-        raise ValueError("this is neither JSON nor a TextGrid.")
-    tiers: dict[str, list[Any]] = {}
-    place = 5
-    while place < len(tokens):
-        kind, name, count = tokens[place], tokens[place + 1], int(tokens[place + 4])
-        width = 3 if kind == "IntervalTier" else 2
-        values = tokens[place + 5 : place + 5 + width * count]
-        tiers[str(name)] = [values[i : i + width] for i in range(0, len(values), width)]
-        place += 5 + width * count
-    if tier not in tiers:
-        raise ValueError(f"there is no tier {tier!r}, only {sorted(tiers)} (`tier`).")
-    return [(str(word), float(start), float(end)) for start, end, word in tiers[tier]]

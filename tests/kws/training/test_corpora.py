@@ -69,6 +69,11 @@ def short_textgrid():
     return f'{head}"IntervalTier"\n"words"\n0\n1.5\n{len(WORDS)}\n{intervals}\n'
 
 
+def older_short_textgrid():
+    # Praat's own, before it named the form by the content alone.
+    return short_textgrid().replace('"ooTextFile"\nObject class = ', '"ooTextFile short"\n')
+
+
 def montreal():
     return json.dumps({"tiers": {"words": {"entries": [[start, end, text] for text, start, end in WORDS]}}})
 
@@ -84,7 +89,9 @@ def plain_list():
     return json.dumps([{"word": text, "start": start, "end": end} for text, start, end in WORDS])
 
 
-@pytest.mark.parametrize("form", [long_textgrid, short_textgrid, montreal, pocketsphinx, plain_list])
+@pytest.mark.parametrize(
+    "form", [long_textgrid, short_textgrid, older_short_textgrid, montreal, pocketsphinx, plain_list]
+)
 def test_alignments_of_every_form_are_the_same(form, tmp_path):
     (tmp_path / "file").write_text(form())
     assert read_alignment(tmp_path / "file") == EXPECTED
@@ -95,6 +102,26 @@ def test_alignments_of_every_encoding_that_praat_writes(encoding, tmp_path):
     mark = "\ufeff" if encoding == "utf-16-be" else ""
     (tmp_path / "file").write_text(mark + long_textgrid().replace("mister", "café"), encoding=encoding)
     assert read_alignment(tmp_path / "file")[1].text == "café"
+
+
+TIER = '"{kind}"\n"{name}"\n0\n1\n2\n{entries}\n'
+WHOLE = TIER.format(kind="IntervalTier", name="words", entries='0\n0.5\n"hi"\n0.5\n1\n"you"')
+
+
+@pytest.mark.parametrize(
+    ("tiers", "problem"),
+    [
+        # An interval less than there are said to be.
+        ([WHOLE.removesuffix('0.5\n1\n"you"\n')], "was cut off: the tier 'words' has 2 entries"),
+        ([WHOLE, WHOLE], "there are 2 tiers 'words'"),
+        ([TIER.format(kind="TextTier", name="words", entries='0\n"hi"\n1\n"you"')], "'words' has points of time"),
+    ],
+)
+def test_textgrids_that_words_would_be_lost_of_are_refused(tiers, problem, tmp_path):
+    head = f'File type = "ooTextFile"\nObject class = "TextGrid"\n\n0\n1\n<exists>\n{len(tiers)}\n'
+    (tmp_path / "file").write_text(head + "".join(tiers))
+    with pytest.raises(ValueError, match=f"`path`.*{problem}"):
+        read_alignment(tmp_path / "file")
 
 
 def test_alignment_that_is_none_is_refused(tmp_path):
