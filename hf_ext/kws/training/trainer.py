@@ -247,12 +247,13 @@ class KwsTrainer(Trainer):
     def _reached(self) -> dict[str, float]:
         """AUC and EER of the last evaluation, or of the last of each set where there are several, with its name before them."""
         several = [f"{name}_" for name in self.eval_dataset] if isinstance(self.eval_dataset, Mapping) else []
-        figures = {}
+        figures: dict[str, float] = {}
         for own in ["", *several]:
             prefix = f"eval_{own}"
             # A set may be called as a kind of negative is, and then have figures of the name of another's.
             marks = {f"{prefix}auc", f"{prefix}runtime"}
-            last = next((entry for entry in reversed(self.state.log_history) if marks <= set(entry)), {})
+            evaluations = [entry for entry in self.state.log_history if marks <= set(entry)]
+            last: dict[str, float] = evaluations[-1] if evaluations else {}
             kinds = [
                 name[len(prefix) : -len("auc")] for name in last if name.startswith(prefix) and name.endswith("auc")
             ]
