@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from transformers import AutoConfig, AutoFeatureExtractor
 
-from hf_ext import GatedConformerConfig, GatedConformerForKeywordDetection, KwsTrialDataset, load_utterances
+from hf_ext import GatedConformerConfig, GatedConformerForKeywordDetection, KwsTrialDataset
 from hf_ext.cli.charts import Curve
 from hf_ext.cli.compare import progress_bar
-from hf_ext.cli.kws_scores import Scored, check_clips, drawn, unit_of
+from hf_ext.cli.kws_scores import Scored, check_clips, clips_with_text, drawn, unit_of
 from hf_ext.cli.kws_views import gate_activity
 from hf_ext.cli.loading import UNLOADABLE, chosen_device, refusal
 from hf_ext.cli.report import Block, Prose, Section
@@ -74,7 +74,7 @@ def score_keywords(
     """
     keywords = {label.lower(): place for place, label in sorted(model.config.id2label.items())}
     try:
-        rows = drawn(load_utterances(data), max_clips, seed)
+        rows = drawn(clips_with_text(data), max_clips, seed)
         check_clips(rows)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"can't make trials from {str(data)!r}: {error}") from error

@@ -115,13 +115,21 @@ def load_trials(
             check_clips(rows)
             return KwsTrialDataset(rows)
         shares = dict.fromkeys(("positive", *kinds), 1.0)
-        utterances = drawn(load_utterances(data), max_clips, seed)
+        utterances = drawn(clips_with_text(data), max_clips, seed)
         check_clips(utterances)
         # Phrases that sound alike are found by their phonemes, also for a model that takes words.
         sounds = tokenizer if hasattr(tokenizer, "pronunciations") else None
         return KwsPairDataset(utterances, sounds, shares=shares, every_kind=True, max_phonemes=max_phonemes, seed=seed)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"can't make trials from {str(data)!r}: {error}") from error
+
+
+def clips_with_text(folder: Path) -> list[dict[str, Any]]:
+    """The rows of an audiofolder; raises a `ValueError` where none has a text, which they are chosen by."""
+    rows = load_utterances(folder)
+    if not rows:
+        raise ValueError(f"none of the clips in {folder} has a text: its metadata.csv says what is said, in `text`.")
+    return rows
 
 
 def longest_phrase(model: Any) -> int:

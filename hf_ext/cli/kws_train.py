@@ -27,7 +27,7 @@ from hf_ext import (
     read_audio,
     synthesize_phrases,
 )
-from hf_ext.cli.kws_scores import check_clips, left_out, longest_phrase
+from hf_ext.cli.kws_scores import check_clips, clips_with_text, left_out, longest_phrase
 from hf_ext.cli.loading import UNLOADABLE, check_checkpoint, chosen_device, refusal, suitable_threads
 from hf_ext.cli.options import DeviceOption, ThreadsOption
 from hf_ext.cli.report import Table, rich_table
@@ -140,7 +140,7 @@ def train(
                 "them, and learns phrases in the steps that are left; both need some."
             )
         augmenter = KwsAugmenter(_noises(noise)) if augment else None
-        given = load_utterances(eval_data) if eval_data else None
+        given = clips_with_text(eval_data) if eval_data else None
         rows = _utterances(data or [], words, words_file, clips_per_word, output_dir, seed)
         kept, held_out, apart = _split_off(rows, eval_clips, seed) if given is None else (rows, given, "")
         check_clips([*kept, *held_out])
@@ -255,7 +255,7 @@ def _utterances(
     output_dir: Path,
     seed: int,
 ) -> list[dict[str, Any]]:
-    rows = [row for folder in folders for row in load_utterances(folder)]
+    rows = [row for folder in folders for row in clips_with_text(folder)]
     listed = (words or "").split(",") + (words_file.read_text("utf-8").splitlines() if words_file else [])
     phrases = list(dict.fromkeys(word.strip() for word in listed if word.strip()))
     if phrases:

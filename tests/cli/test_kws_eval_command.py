@@ -218,6 +218,15 @@ class TestLongTexts:
         assert "10 of 20 clips are left out: their texts have more than 5" in " ".join(outcome.output.split())
 
 
+@pytest.mark.parametrize(
+    "command", [("eval", "--data"), ("train", "--data"), ("train", "--words", "yes", "--eval-data")]
+)
+def test_clips_without_any_text_are_told(command, recordings, tmp_path):
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\n{recordings / 'yes-ann.wav'},\n")
+    says(invoke("kws", *command, tmp_path, "--output-dir", tmp_path / "x"), "none of the clips in", "has a text")
+    assert not (tmp_path / "x" / "synthesised").exists()
+
+
 @pytest.mark.parametrize("command", ["eval", "train"])
 def test_weights_of_other_sizes_than_the_config_gives_are_told(command, recordings, spotter_folder, tmp_path):
     other = with_another_config(spotter_folder, tmp_path, hidden_size=32)
