@@ -1,6 +1,7 @@
-"""The recipes of `examples/` as modules."""
+"""The recipes of `examples/` as modules, and the benchmarks as commands."""
 
 import importlib.util
+import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,3 +28,10 @@ def imported_recipe(name: str) -> Iterator[ModuleType]:
 def as_words(settings: dict[str, Any]) -> list[str]:
     """As they would be typed."""
     return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def run_module(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """`python -m` of a module of the repository, from its root."""
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    runpy.run_module(name, run_name="__main__")

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_ext import GatedLoraConfig
+from recipes import run_module
 
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "mtp"
@@ -42,12 +43,6 @@ def test_help_runs(script, monkeypatch, capsys):
         run(script, monkeypatch, "--help")
     assert ended.value.code == 0
     assert "--results_dir" in capsys.readouterr().out
-
-
-def run_module(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER.parents[1]))
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    runpy.run_module(name, run_name="__main__")
 
 
 @pytest.mark.parametrize("module", MODULES)
