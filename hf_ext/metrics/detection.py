@@ -94,7 +94,7 @@ def equal_error_rate(scores: Sequence[float], labels: Sequence[int]) -> float:
 
 def det_points(scores: Sequence[float], labels: Sequence[int]) -> DetPoints:
     """
-    Points of the detection error trade-off: the rates of false alarms and of misses at every threshold that matters.
+    Points of the detection error trade-off: the rates of false alarms and of misses at every threshold, those of the scores.
 
     Args:
         scores (`Sequence[float]`):
@@ -119,7 +119,8 @@ def det_points(scores: Sequence[float], labels: Sequence[int]) -> DetPoints:
     ```
     """
     ranks, targets, values = _ranked(scores, labels)
-    false_alarms, hits, thresholds = _sklearn_metrics().roc_curve(targets, ranks)
+    # What scikit-learn drops by default lies on a straight line, and is a threshold that one may want all the same.
+    false_alarms, hits, thresholds = _sklearn_metrics().roc_curve(targets, ranks, drop_intermediate=False)
     return DetPoints(false_alarms, 1 - hits, np.array([np.inf, *values[thresholds[1:].astype(int)]]))
 
 

@@ -84,6 +84,13 @@ class TestDetPoints:
         assert points.thresholds[0] == np.inf
         assert (points.false_alarm_rates[-1], points.miss_rates[-1]) == (1.0, 0.0)
 
+    def test_no_threshold_is_left_out_where_both_rates_fall_evenly(self):
+        # One match and one mismatch of each score, as scores that were rounded have it.
+        scores, labels = np.repeat(np.arange(10), 2), np.tile([0, 1], 10)
+        points = det_points(scores, labels)
+        assert points.thresholds.tolist() == [np.inf, *range(9, -1, -1)]
+        assert points.miss_rates[points.false_alarm_rates <= 0.35].min() == pytest.approx(0.7)
+
 
 class TestFrrAtFalseAlarms:
     @pytest.mark.parametrize("bound", [0.0, 0.1, 0.5, 1.0, 7.3, 1000.0])
