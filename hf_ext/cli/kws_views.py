@@ -66,10 +66,9 @@ def mistakes_table(scored: Scored, count: int = 4) -> Table:
 
 def verdict(figures: Sequence[Figures], groups: str) -> list[str]:
     """What the table says and what it does not, in plain sentences."""
-    said = [
-        "All phrases are pooled under one threshold. The intervals are percentiles of a bootstrap that draws whole "
-        f"{groups}."
-    ]
+    said = ["All phrases are pooled under one threshold."]
+    if any(own.auc_interval for own in figures):
+        said.append(f"The intervals are percentiles of a bootstrap that draws whole {groups}.")
     for own in figures:
         baseline = own.duration_only_auc
         low = own.auc_interval[0] if own.auc_interval else own.auc

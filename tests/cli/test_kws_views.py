@@ -13,6 +13,7 @@ from hf_ext.cli.kws_views import (
     mistakes_table,
     score_histograms,
     spectrogram,
+    verdict,
 )
 from hf_ext.cli.picture import draw
 from hf_ext.cli.report import Section, render_page
@@ -41,6 +42,10 @@ class TestFigures:
             assert own.eer_interval[0] <= own.eer <= own.eer_interval[1]
         assert random.miss_rate_at_1_percent_false_alarms < hard.miss_rate_at_1_percent_false_alarms
         assert "hard" in str(figures_table([hard], "caption").rows)
+
+    def test_intervals_are_spoken_of_where_there_are_some(self, scored):
+        assert "bootstrap that draws whole speakers" in " ".join(verdict(figures_of(scored, resamples=9), "speakers"))
+        assert "bootstrap" not in " ".join(verdict(figures_of(scored, resamples=0), "speakers"))
 
     def test_the_baseline_hears_nothing_but_the_duration(self, scored):
         duration = duration_only_scores(scored)
