@@ -18,6 +18,10 @@ _POWERS = {"²": " squared ", "³": " cubed "}
 _PARTS = {"2": "half", "4": "quarter"}
 # Latin letters that Unicode does not take apart into a letter and a mark.
 _LATIN = {"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "ł": "l", "ı": "i"}
+# What is written for an apostrophe; the last three also for a quotation mark, where they don't stand inside a word.
+_APOSTROPHE = re.compile(r"[’ʼ＇]|(?<=[^\W\d_])[‘´`](?=[^\W\d_])")
+# Where a word may be broken or must not be, and the mark of the order of bytes: nobody sees them in a text from the web.
+_INVISIBLE = re.compile("[\u00ad\u200c\u200d\u2060\ufeff]")
 _ABBREVIATIONS = {"i.e.": "that is", "e.g.": "for example"}
 # One and several, and their hundredths.
 _CURRENCIES = {
@@ -66,7 +70,7 @@ def spell_out(text: str) -> list[str]:
     text = re.sub("[²³¹⁰⁴-⁹]+", lambda match: _POWERS.get(match[0], f" to the power of {match[0]} "), text)
     text = re.sub(r"(\d ?)?([¼-¾⅐-⅞])", _fraction, text)
     # What Unicode takes apart may be in upper case, as the C of "℃".
-    text = unicodedata.normalize("NFKD", text.replace("’", "'")).casefold()
+    text = unicodedata.normalize("NFKD", _INVISIBLE.sub("", _APOSTROPHE.sub("'", text))).casefold()
     text = "".join(_LATIN.get(char, char) for char in text if unicodedata.category(char) != "Mn")
     for short, long in _ABBREVIATIONS.items():
         text = text.replace(short, long)

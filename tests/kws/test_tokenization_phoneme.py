@@ -160,6 +160,9 @@ class TestNormalization:
             ("٣", "three"),
             ("Café Ærø", "cafe aero"),
             ("don’t 😀 — stop…", "don't stop..."),
+            ("don‘t donʼt don´t don`t", "don't don't don't don't"),
+            ("‘stop’ `now´", "stop' now"),
+            ("com\u00adputer \ufeffon", "computer on"),
         ],
     )
     def test_words(self, text, words):
