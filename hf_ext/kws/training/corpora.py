@@ -123,8 +123,8 @@ def build_libriphrase(
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """
-    Trials by the recipe of LibriPhrase: for a phrase of a speaker, clips of other speakers who say it, of any other phrases,
-    and of the phrases that sound nearest, all of as many words.
+    Trials by the recipe of LibriPhrase: for a phrase of a speaker, clips of other speakers who say it, of any other phrases
+    that can be told apart, and of the phrases that sound nearest, all of as many words.
 
     The nearest are those of [`PhoneticIndex`]. The original's distance lets longer and shorter phrases hardly pass, and its
     draws have no seed: compare with others on the official lists, see [`libriphrase_trials`].
@@ -180,7 +180,8 @@ def build_libriphrase(
     for text, speaker in episodes:
         index = indices[len(text.split())]
         near = [neighbour.phrase for neighbour in index.nearest(text, num_clips)]
-        others = [other for other in by_count[len(text.split())] if other != text]
+        # A homophone is no mismatch that anybody could hear.
+        others = index.apart(text)
         for _ in range(num_clips):
             speakers = drawn_from.sample(sorted(set(said[text]) - {speaker}), num_clips)
             chosen = [("positive", drawn_from.choice(said[text][other])) for other in speakers]

@@ -212,6 +212,11 @@ class PhoneticIndex:
         ranked = sorted(found.items(), key=lambda item: (item[1], item[0]))[:num_phrases]
         return [Neighbour(self.phrases[i], distance) for i, distance in ranked]
 
+    def apart(self, phrase: str) -> list[str]:
+        """The phrases that can be told apart from this one, in the order of the vocabulary."""
+        sounds = {_merged(phonemes) for phonemes in self._pronunciations(phrase)}
+        return [other for other, own in zip(self.phrases, self._sounds, strict=True) if not sounds & own]
+
     def sharing(self, phrase: str, end: Literal["prefix", "suffix"], min_phonemes: int = 3) -> list[str]:
         """
         Phrases that begin or end like the phrase, which a distance alone puts far away: "volume up" and "volume down".
@@ -244,10 +249,8 @@ class PhoneticIndex:
         return [self.phrases[i] for i in sorted(shared, key=lambda i: (-shared[i], i))]
 
     def _pronunciations(self, phrase: str) -> list[Pronunciation]:
-        return [
-            tuple(spoken)
-            for spoken in self.tokenizer.pronunciations(phrase, max_pronunciations=self.max_pronunciations)
-        ]
+        spoken = self.tokenizer.pronunciations(phrase, max_pronunciations=self.max_pronunciations)
+        return [tuple(phonemes) for phonemes in spoken]
 
 
 def confusable_phonemes(

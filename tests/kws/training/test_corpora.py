@@ -190,6 +190,14 @@ def test_libriphrase_is_built_by_its_recipe():
         build_libriphrase([{"text": "friend"}])
 
 
+def test_homophones_are_no_mismatches():
+    texts = ["their", "there", "They're", "mother"]
+    rows = [{"audio": f"{text}-{i}", "text": text, "speaker": str(i)} for text in texts for i in range(2)] * 2
+    trials = build_libriphrase(rows, num_clips=1)
+    told_apart = {frozenset((trial["phrase"], trial["text"])) for trial in trials if not trial["label"]}
+    assert told_apart == {frozenset((text, "mother")) for text in texts[:3]}
+
+
 def test_official_lists_expand_both_ways(tmp_path):
     columns = "anchor,anchor_spk,anchor_text,anchor_dur,comparison,comparison_spk,comparison_text,comparison_dur,type,target,class"
     lines = [
