@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +13,7 @@ from rich.console import Console
 
 from hf_ext.cli.dynamoe_bench import bench
 from hf_ext.cli.dynamoe_eval import evaluate
-from hf_ext.cli.loading import check_checkpoint, chosen_device, load_base, load_nested, make_folder, short_name
+from hf_ext.cli.loading import check_checkpoint, chosen_device, load_base, load_nested, made_folder, short_name
 from hf_ext.cli.options import (
     DATASET_HELP,
     DatasetConfigOption,
@@ -132,7 +130,7 @@ def convert(
         "similarity": similarity.value,
     }
     try:
-        with _made(output_dir.parent):
+        with made_folder(output_dir.parent):
             if by_shards:
                 where = "auto" if device is None else chosen_device(device)
                 receipt = convert_checkpoint_to_dynamoe(model, output_dir, num_experts, device_map=where, **settings)
@@ -153,20 +151,6 @@ def convert(
         markup=False,
         highlight=False,
     )
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """A folder that is made, and gone again with those that it stands in if the block ends badly and nothing came into it."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        make_folder(folder)
-        yield
-    except BaseException:
-        for path in new:
-            with suppress(OSError):
-                path.rmdir()
-        raise
 
 
 def receipt_table(receipt: Any, name: str) -> Table:
@@ -247,7 +231,7 @@ def train(
     check_tokens(rows, moe.config.get_text_config().vocab_size)
     train_rows, held_out = split_off(rows, eval_rows, seed)
     try:
-        with _made(output_dir):
+        with made_folder(output_dir):
             args = DynaMoeTrainingConfig(
                 output_dir=str(output_dir),
                 max_steps=steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,6 +248,25 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise typer.BadParameter(f"can't make the folder {path}: {error}") from error
+
+
+@contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """
+    A folder that is made, and gone again with those that it stands in if the block ends badly and nothing came into it.
+
+    Raises:
+        typer.BadParameter: where none can be made.
+    """
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        make_folder(path)
+        yield
+    except BaseException:
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def short_name(name: str) -> str:

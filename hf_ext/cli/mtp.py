@@ -27,7 +27,7 @@ from hf_ext.cli.compare import (
 )
 from hf_ext.cli.demo_mtp import results_table, verdict
 from hf_ext.cli.demo_options import PROMPTS
-from hf_ext.cli.loading import check_checkpoint, load_base, load_pair, make_folder, suitable_threads
+from hf_ext.cli.loading import check_checkpoint, load_base, load_pair, made_folder, suitable_threads
 from hf_ext.cli.options import (
     DATASET_HELP,
     DatasetConfigOption,
@@ -120,54 +120,54 @@ def train(
     base, tokenizer = load_base(model, device, dtype)
     if not on_policy:
         check_tokens(rows, base.config.get_text_config().vocab_size)
-    make_folder(output_dir)
-    try:
-        config = GatedLoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", num_masks=num_masks, task_type="CAUSAL_LM"
-        )
-        args = MtpConfig(
-            output_dir=str(output_dir),
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,
-            anchors_per_sequence=anchors,
-            learning_rate=learning_rate,
-            warmup_steps=max(1, steps // 20),
-            lr_scheduler_type="cosine",
-            max_length=max_length,
-            seed=seed,
-            bf16=base.device.type == "cuda" and torch.cuda.is_bf16_supported(),
-            use_cpu=base.device.type == "cpu",
-            logging_steps=min(20, steps),
-            save_total_limit=2,
-            hub_model_id=push_to_hub,
-            report_to="none",
-        )
-        if push_to_hub is not None:  # what can't be pushed to is said before the work, not behind it
-            create_repo(push_to_hub, exist_ok=True)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    if on_policy:
-        prompts = prompts_of(rows, tokenizer, prompts_from, prompt_tokens)
-        rows = generate_completions(
-            base,
-            tokenizer,
-            prompts,
-            output_file=output_dir / "completions.jsonl",
-            max_new_tokens=completion_tokens,
-        )
-    train_rows, held_out = split_off(rows, eval_rows, seed)
-    try:
-        trainer = MtpTrainer(
-            model=base,
-            args=args,
-            train_dataset=train_rows,
-            eval_dataset=held_out,
-            peft_config=config,
-            processing_class=tokenizer,
-        )
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
+    with made_folder(output_dir):
+        try:
+            config = GatedLoraConfig(
+                r=rank, lora_alpha=2 * rank, target_modules="all-linear", num_masks=num_masks, task_type="CAUSAL_LM"
+            )
+            args = MtpConfig(
+                output_dir=str(output_dir),
+                max_steps=steps,
+                per_device_train_batch_size=batch_size,
+                per_device_eval_batch_size=batch_size,
+                anchors_per_sequence=anchors,
+                learning_rate=learning_rate,
+                warmup_steps=max(1, steps // 20),
+                lr_scheduler_type="cosine",
+                max_length=max_length,
+                seed=seed,
+                bf16=base.device.type == "cuda" and torch.cuda.is_bf16_supported(),
+                use_cpu=base.device.type == "cpu",
+                logging_steps=min(20, steps),
+                save_total_limit=2,
+                hub_model_id=push_to_hub,
+                report_to="none",
+            )
+            if push_to_hub is not None:  # what can't be pushed to is said before the work, not behind it
+                create_repo(push_to_hub, exist_ok=True)
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise typer.BadParameter(str(error)) from error
+        if on_policy:
+            prompts = prompts_of(rows, tokenizer, prompts_from, prompt_tokens)
+            rows = generate_completions(
+                base,
+                tokenizer,
+                prompts,
+                output_file=output_dir / "completions.jsonl",
+                max_new_tokens=completion_tokens,
+            )
+        train_rows, held_out = split_off(rows, eval_rows, seed)
+        try:
+            trainer = MtpTrainer(
+                model=base,
+                args=args,
+                train_dataset=train_rows,
+                eval_dataset=held_out,
+                peft_config=config,
+                processing_class=tokenizer,
+            )
+        except (TypeError, ValueError) as error:
+            raise typer.BadParameter(str(error)) from error
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
     if held_out is not None:

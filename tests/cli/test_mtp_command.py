@@ -149,7 +149,7 @@ class TestTrain:
         outcome = self.train(base_folder, dataset, tmp_path / "out", *more)
         assert outcome.exit_code == 2, outcome.output
         assert said in outcome.output
-        assert not (tmp_path / "out" / "completions.jsonl").exists()
+        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
         ("rows", "said"),
