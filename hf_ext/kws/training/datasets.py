@@ -13,7 +13,7 @@ from hf_ext.kws.processing_kws import KwsProcessor
 from hf_ext.kws.tokenization_phoneme import PhonemeTokenizer
 from hf_ext.kws.training.augmentation import KwsAugmenter, spec_augment
 from hf_ext.kws.training.mining import Kind, PhoneticIndex, confusable_phonemes, phoneme_tokenizer, sound_alike
-from hf_ext.kws.training.utterances import column, duration_of, read_audio, undecoded
+from hf_ext.kws.training.utterances import are_at_hand, check_columns, column, duration_of, read_audio, undecoded
 
 
 # What a pair is: the phrase that was said; any other; one that sounds nearly so, of the vocabulary or made up.
@@ -61,7 +61,7 @@ class KwsTrialDataset(Dataset):
         self.epoch = 0
 
     def _check_rows(self, trials: Any) -> None:
-        _check_columns("trials", trials, _COLUMNS)
+        check_columns("trials", trials, _COLUMNS)
         # Rows that come from elsewhere, one at a time, are looked at by the collator.
         if not are_at_hand(trials):
             return
@@ -212,7 +212,7 @@ class KwsPairDataset(KwsTrialDataset):
         self._hard: dict[str, list[str]] = {}
 
     def _check_rows(self, trials: Any) -> None:
-        _check_columns("utterances", trials, _COLUMNS[:2])
+        check_columns("utterances", trials, _COLUMNS[:2])
 
     def __len__(self) -> int:
         return len(self.rows) * (len(self.kinds) if self.every_kind else 1)
@@ -373,26 +373,8 @@ class KwsDataCollator:
         return batch
 
 
-def are_at_hand(rows: Any) -> bool:
-    """Whether columns are read without making each row, and its audio."""
-    return isinstance(rows, (list, tuple)) or hasattr(rows, "column_names")
-
-
 def _is_label(value: Any) -> bool:
     try:
         return float(value) in (0.0, 1.0)
     except (TypeError, ValueError):
         return False
-
-
-def _check_columns(argument: str, rows: Any, names: Sequence[str]) -> None:
-    if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
-        raise TypeError(f"`{argument}` must be a list of rows or a split of a dataset, got {type(rows).__name__}.")
-    if not are_at_hand(rows):
-        return
-    for i, present in enumerate([rows.column_names] if hasattr(rows, "column_names") else rows):
-        if lacking := [name for name in names if name not in present]:
-            raise ValueError(f"`{argument}` lacks {lacking} in row {i}: each row has {list(names)}.")
-    for i, text in enumerate(column(rows, "text")):
-        if not isinstance(text, str):
-            raise TypeError(f"`{argument}` has in row {i} the text {text!r}: write what is said as a string.")

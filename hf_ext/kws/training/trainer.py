@@ -14,9 +14,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_ext.hub.model_card import kws_model_card
 from hf_ext.kws.processing_kws import KwsProcessor
-from hf_ext.kws.training.datasets import PAIR_KINDS, KwsDataCollator, KwsTrialDataset, are_at_hand
+from hf_ext.kws.training.datasets import PAIR_KINDS, KwsDataCollator, KwsTrialDataset
 from hf_ext.kws.training.trainer_config import LOSSES, KwsTrainingConfig
-from hf_ext.kws.training.utterances import column
+from hf_ext.kws.training.utterances import are_at_hand, column
 from hf_ext.metrics import equal_error_rate, roc_auc
 
 

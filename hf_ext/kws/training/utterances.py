@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,28 @@ def column(rows: Any, name: str) -> list[Any]:
     if hasattr(rows, "column_names"):
         return list(rows[name])
     return [row[name] for row in rows]
+
+
+def are_at_hand(rows: Any) -> bool:
+    """Whether columns are read without making each row, and its audio."""
+    return isinstance(rows, (list, tuple)) or hasattr(rows, "column_names")
+
+
+def check_columns(argument: str, rows: Any, names: Sequence[str]) -> None:
+    """Raises an error that names the argument for what are no rows, and for the first that lacks a column or has no text."""
+    if hasattr(rows, "iloc"):
+        # Asked for rows, it gives the names of its columns.
+        raise TypeError(f"`{argument}` is a table of pandas: make it a list of rows, with `to_dict('records')`.")
+    if isinstance(rows, (str, Mapping)) or not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
+        raise TypeError(f"`{argument}` must be a list of rows or a split of a dataset, got {type(rows).__name__}.")
+    if not are_at_hand(rows):
+        return
+    for i, present in enumerate([rows.column_names] if hasattr(rows, "column_names") else rows):
+        if lacking := [name for name in names if name not in present]:
+            raise ValueError(f"`{argument}` lacks {lacking} in row {i}: each row has {list(names)}.")
+    for i, text in enumerate(column(rows, "text")):
+        if not isinstance(text, str):
+            raise TypeError(f"`{argument}` has in row {i} the text {text!r}: write what is said as a string.")
 
 
 def undecoded(rows: Any) -> Any:

@@ -276,6 +276,11 @@ class TestRows:
         rows = datasets.Dataset.from_dict({"audio": ["a.wav"], "sentence": ["yes"]})
         with pytest.raises(ValueError, match=r"`utterances` lacks \['text'\]"):
             KwsPairDataset(rows)
+        for table in (KwsPairDataset, KwsTrialDataset):
+            with pytest.raises(
+                TypeError, match=r"is a table of pandas: make it a list of rows, with `to_dict\('records'\)`"
+            ):
+                table(rows.to_pandas())
         for others in (datasets.DatasetDict({"train": rows}), "folder"):
             with pytest.raises(TypeError, match="`utterances` must be a list of rows or a split of a dataset"):
                 KwsPairDataset(others)
