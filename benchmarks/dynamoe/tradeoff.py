@@ -246,7 +246,7 @@ def tables(rows: list[dict[str, Any]], dense_before: float) -> tuple[list[Table]
         best = min(routed, key=routed.__getitem__)
         against = ", ".join(f"{100 * (1 - routed[best] / m):+.1f} % against {n}" for n, m in others.items())
         lead = f"**At half of the MLPs `{best}` is better by {against}; {100 * (routed[best] / dense_before - 1):.1f} % above dense.** {lead}"
-    return [
+    found = [
         Table(
             "Perplexity at equal share of the MLPs",
             ["contender", "seeds", *(f"{share:g}" for share in SHARES), "1"],
@@ -266,7 +266,8 @@ def tables(rows: list[dict[str, Any]], dense_before: float) -> tuple[list[Table]
             ],
             knob,
         ),
-    ], lead
+    ]
+    return [table for table in found if table.rows], lead
 
 
 def prepare(args: Arguments) -> tuple[Path, Any, Any, list[list[int]], list[list[int]]]:
