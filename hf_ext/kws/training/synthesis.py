@@ -30,6 +30,7 @@ ENGINES = {
     "espeak-ng": ("espeak-ng", "espeak-ng"),
     "mbrola": ("mbrola", "espeak-ng mbrola mbrola-us1 mbrola-us2 mbrola-us3 mbrola-en1"),
     "pico": ("pico2wave", "libttspico-utils"),
+    "rhvoice": ("RHVoice-test", "rhvoice rhvoice-english"),
     "flite": ("flite", "flite"),
     "festival": ("text2wave", "festival festvox-kallpc16k"),
 }
@@ -50,6 +51,9 @@ _MBROLA_VOICES = [
 ]  # fmt: skip
 _MBROLA_FOLDER = Path("/usr/share/mbrola")
 _PICO_VOICES = ("en-US", "en-GB")
+_RHVOICE_FOLDER = Path("/usr/share/RHVoice/voices")
+# The lexicon's phonemes are General American, and what others say in their place would be learned as if it were these.
+_AMERICAN = re.compile(r"en-us\b.*|us\d|en-US|kal.*|ked.*|rms|bdl|clb|slt|cmu_us_(?!awb).*")
 # Those that speak phonemes.
 _PHONEME_ENGINES = ("espeak-ng", "mbrola")
 # Mean pitch in hertz of the voices that are told theirs; the others are told a factor.
@@ -139,7 +143,7 @@ def plan_clips(
             generator = Random(f"{seed} {i} {phrase}")
             engine = generator.choice(able)
             speed, pitch = (round(generator.uniform(*limits), 2) for limits in (speeds, pitches))
-            clips.append(SpokenClip(phrase, engine, generator.choice(_voices(engine)), speed, pitch))
+            clips.append(SpokenClip(phrase, engine, _draw_voice(engine, generator), speed, pitch))
     return clips
 
 
@@ -169,7 +173,8 @@ def synthesize_phrases(
         clips_per_phrase (`int`, *optional*, defaults to `4`):
             Clips of each phrase.
         engines (`Sequence[str]`, *optional*):
-            Of `"espeak-ng"`, `"mbrola"`, `"pico"`, `"flite"` and `"festival"`, drawn alike; by default those that are installed.
+            Of `"espeak-ng"`, `"mbrola"`, `"pico"`, `"rhvoice"`, `"flite"` and `"festival"`, drawn alike; by default those
+            that are installed. Half of an engine's clips are by its American voices, where it has them, as the lexicon is.
         speeds (`tuple[float, float]`, *optional*, defaults to `(0.75, 1.35)`), pitches (`tuple[float, float]`, *optional*,
         defaults to `(0.75, 1.35)`):
             Ranges to draw from, relative to the voice's own. Festival's HTS voices keep their pitch.
@@ -253,11 +258,19 @@ def _checked_engines(engines: Sequence[str] | None) -> list[str]:
     return wanted
 
 
+def _draw_voice(engine: str, generator: Random) -> str:
+    voices = _voices(engine)
+    american = [voice for voice in voices if _AMERICAN.fullmatch(voice)]
+    others = [voice for voice in voices if voice not in american]
+    return generator.choice(generator.choice([group for group in (american, others) if group]))
+
+
 def _voices(engine: str) -> list[str]:
     if engine == "espeak-ng":
         return [f"{accent}+{variant}" for accent in _ESPEAK_ACCENTS for variant in _ESPEAK_VARIANTS]
     voices: dict[str, Callable[[], list[str]]] = {
         "mbrola": _mbrola_voices,
+        "rhvoice": _rhvoice_voices,
         "festival": _festival_voices,
         "flite": lambda: list(_FLITE_VOICES),
     }
@@ -270,6 +283,17 @@ def _mbrola_voices() -> list[str]:
     if not voices:
         raise FileNotFoundError(
             f"mbrola has no voice. On Debian and Ubuntu: apt-get install -y {ENGINES['mbrola'][1]}"
+        )
+    return voices
+
+
+@lru_cache(maxsize=1)
+def _rhvoice_voices() -> list[str]:
+    infos = {info.parent.name: info.read_text("utf-8") for info in sorted(_RHVOICE_FOLDER.glob("*/voice.info"))}
+    voices = [name for name, info in infos.items() if "language=English" in info.splitlines()]
+    if not voices:
+        raise FileNotFoundError(
+            f"RHVoice has no English voice. On Debian and Ubuntu: apt-get install -y {ENGINES['rhvoice'][1]}"
         )
     return voices
 
@@ -299,6 +323,9 @@ def _command(clip: SpokenClip, output: str) -> tuple[list[str], str]:
     if clip.engine == "pico":
         levels = f'<speed level="{100 * clip.speed:.0f}"><pitch level="{100 * clip.pitch:.0f}">'
         return ["pico2wave", "-l", clip.voice, "-w", output, f"{levels}{escape(said)}</pitch></speed>"], ""
+    if clip.engine == "rhvoice":
+        levels = ["-r", f"{100 * clip.speed:.0f}", "-t", f"{100 * clip.pitch:.0f}"]
+        return ["RHVoice-test", "-p", clip.voice, *levels, "-o", output], said
     hertz = _FESTIVAL_PITCH * clip.pitch
     settings = (
         f"(Parameter.set 'Duration_Stretch {1 / clip.speed:g}) (set! int_lr_params "

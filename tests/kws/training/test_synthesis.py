@@ -174,12 +174,21 @@ def test_plan_is_seeded_and_varied(monkeypatch):
     assert all(0.75 <= clip.speed <= 1.35 and 0.75 <= clip.pitch <= 1.35 for clip in plan)
 
 
+def test_half_of_the_clips_are_by_american_voices(monkeypatch):
+    """As the lexicon is; only one of espeak-ng's seven accents is theirs."""
+    monkeypatch.setattr(synthesis, "installed_engines", lambda: ["espeak-ng"])
+    plan = plan_clips(["yes", "no"], clips_per_phrase=200)
+    american = sum(clip.voice.startswith("en-us+") for clip in plan)
+    assert 160 < american < 240
+    assert len({clip.voice.split("+")[0] for clip in plan}) == 7
+
+
 def test_missing_engine_names_its_package(monkeypatch):
     monkeypatch.setattr(synthesis, "installed_engines", lambda: ["flite"])
     with pytest.raises(FileNotFoundError, match="apt-get install -y festival festvox-kallpc16k"):
         plan_clips(["yes"], engines=["flite", "festival"])
     monkeypatch.setattr(synthesis, "installed_engines", lambda: [])
-    with pytest.raises(FileNotFoundError, match="espeak-ng or mbrola or pico or flite or festival"):
+    with pytest.raises(FileNotFoundError, match="espeak-ng or mbrola or pico or rhvoice or flite or festival"):
         plan_clips(["yes"])
 
 

@@ -103,9 +103,22 @@ def test_folders_of_recordings_have_equal_parts_of_their_share(recipe):
     assert len(recipe.repeated([few, many], spoken, share=0.0)) == 12
 
 
-def test_small_setting_gives_way_to_what_is_asked_for(recipe):
+@pytest.mark.parametrize("name", ["small", "shipped"])
+def test_a_setting_gives_way_to_what_is_asked_for(recipe, name):
     parser = HfArgumentParser((recipe.RecipeArguments, recipe.SlickTrainingArguments))
-    parser.set_defaults(**recipe.SMALL)
-    settings, args = parser.parse_args_into_dataclasses(["--small", "--output_dir", "out", "--max_steps", "7"])
-    assert (args.max_steps, args.per_device_train_batch_size) == (7, recipe.SMALL["per_device_train_batch_size"])
-    assert settings.encoder_steps == recipe.SMALL["encoder_steps"] and settings.small
+    setting = getattr(recipe, name.upper())
+    parser.set_defaults(**setting)
+    settings, args = parser.parse_args_into_dataclasses([f"--{name}", "--output_dir", "out", "--max_steps", "7"])
+    assert (args.max_steps, args.per_device_train_batch_size) == (7, setting["per_device_train_batch_size"])
+    assert settings.encoder_steps == setting["encoder_steps"] and getattr(settings, name)
+
+
+def test_half_weights_are_half_the_file_and_the_same_model(recipe, clips, tmp_path):
+    whole = run(recipe, clips, tmp_path / "whole")
+    half = run(recipe, clips, tmp_path / "half", half_weights=True)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.55 * sizes[0]
+    assert half["matcher.q_proj.weight"].dtype == torch.float16
+    model = AutoModelForKeywordSpotting.from_pretrained(tmp_path / "half")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(dict(model.state_dict()), whole, atol=1e-4, rtol=1e-3)
