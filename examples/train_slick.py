@@ -279,6 +279,7 @@ def main(recipe: RecipeArguments, args: SlickTrainingArguments):
             speed_probability=0.5,
             speeds=(0.85, 1.18),
             equalizer_probability=0.5,
+            band_probability=0.25,
         ),
         seed=args.seed,
     )
