@@ -1,7 +1,7 @@
 """
 What each keyword spotting model costs: weights, time for a second of audio on one core, and memory.
 
-Random weights of the published sizes, each in a process of its own. The real-time factor is the time for the features, the
+Random weights of the published sizes, and the shipped model, each in a process of its own. The real-time factor is the time for the features, the
 encoder and one phrase, over the length of the clip; a further phrase on the same clip stands beside it. Memory is what the
 process grew by, at its peak, from before the model was made.
 
@@ -37,12 +37,17 @@ from hf_ext import (
     KwsProcessor,
     SlickConfig,
     SlickForKeywordSpotting,
+    shipped_model,
 )
 
 
 # What the papers report, where they do.
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "SlickForKeywordSpotting": (lambda: SlickForKeywordSpotting(SlickConfig()), "596 K"),
+    "SlickForKeywordSpotting, as shipped": (
+        lambda: SlickForKeywordSpotting.from_pretrained(shipped_model("slick-small")),
+        "",
+    ),
     "CedForKeywordSpotting": (lambda: CedForKeywordSpotting(CedConfig()), "3.8 M with its phoneme network"),
     "DspForKeywordSpotting, phonemes": (lambda: DspForKeywordSpotting(DspKwsConfig()), "4.0 M, with words"),
     "GatedConformerForKeywordDetection": (
