@@ -80,10 +80,9 @@ SHIPPED = {
     "num_phrases": 20_000,
     "num_pseudo_words": 7_000,
     "encoder_steps": 1_500,
-    "max_steps": 8_000,
+    "max_steps": 7_000,
     "learning_rate": 1.5e-3,
     "warmup_steps": 200,
-    "hide_stripes": True,
 }
 # Words this frequent in every text don't tell a set from another.
 _COMMON = frozenset({"a", "the", "of", "and", "to", "in", "it", "is", "bit", "some", "little", "lot", "lots"})

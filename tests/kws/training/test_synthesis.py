@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from hf_ext import PhonemeTokenizer
-from hf_ext.kws.training import synthesis
+from hf_ext.kws.training import synthesis, synthesizers
 from hf_ext.kws.training.synthesis import ENGINES, SpokenClip, installed_engines, plan_clips, synthesize_phrases
 
 
@@ -55,7 +55,7 @@ def test_folder_has_every_clip_and_datasets_reads_it(tmp_path):
 
 @pytest.mark.parametrize("engine", [pytest.param(engine, marks=needs(engine)) for engine in ENGINES])
 def test_speed_and_pitch_reach_each_engine(engine, tmp_path):
-    voice = next(voice for voice in synthesis._voices(engine) if not voice.endswith("_hts"))
+    voice = next(voice for voice in synthesizers.voices_of(engine) if not voice.endswith("_hts"))
     clips = {}
     for speed, pitch in [(0.75, 1.0), (1.3, 1.0), (0.75, 1.3)]:
         clip = SpokenClip("hey computer", engine, voice, speed, pitch)
@@ -69,7 +69,7 @@ def test_speed_and_pitch_reach_each_engine(engine, tmp_path):
 
 @needs("festival")
 def test_speed_reaches_voices_that_keep_their_pitch(tmp_path):
-    voice = next((voice for voice in synthesis._voices("festival") if voice.endswith("_hts")), None)
+    voice = next((voice for voice in synthesizers.voices_of("festival") if voice.endswith("_hts")), None)
     if voice is None:
         pytest.skip("festival has no HTS voice: apt-get install -y festvox-us-slt-hts")
     lengths = []
@@ -88,7 +88,7 @@ def test_phonemes_in_braces_are_spoken_as_such(tmp_path):
     ]
     assert all(len(rows_of(folder)) == 1 for folder in made)
     clip = SpokenClip("{HH EY1} you", "espeak-ng", "en-us+f1", 1.0, 1.0)
-    assert synthesis._command(clip, "x.wav")[1] == " [[h|'eI]]  you"
+    assert synthesizers.command_for(clip, "x.wav")[1] == " [[h|'eI]]  you"
 
 
 @needs("espeak-ng")
@@ -96,7 +96,7 @@ def test_phonemes_in_braces_are_spoken_as_such(tmp_path):
     "word", ["judge", "measure", "church", "father", "boy", "yellow", "shower", "either", "singing"]
 )
 def test_phonemes_are_what_the_engine_itself_says(word):
-    phonemes = synthesis._espeak_phonemes(" ".join(PhonemeTokenizer().tokenize(word)))
+    phonemes = synthesizers._espeak_phonemes(" ".join(PhonemeTokenizer().tokenize(word)))
     said = [
         subprocess.run(["espeak-ng", "-v", "en-us", "-q", "-x", text], capture_output=True, text=True).stdout.strip()
         for text in (word, phonemes)
@@ -114,7 +114,7 @@ def test_phonemes_are_what_the_engine_itself_says(word):
     ],
 )
 def test_numbers_and_signs_are_said_as_their_phonemes_are(phrase, said, engine):
-    command, text = synthesis._command(SpokenClip(phrase, engine, "slt", 1.0, 1.0), "x.wav")
+    command, text = synthesizers.command_for(SpokenClip(phrase, engine, "slt", 1.0, 1.0), "x.wav")
     handed = text or command[-1]
     assert said in handed and (phrase == said or phrase not in handed)
     assert PhonemeTokenizer().tokenize(said) == PhonemeTokenizer().tokenize(phrase)
@@ -224,7 +224,7 @@ def test_bad_input_is_named(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("command", "problem"), [("exit 3", "exit status 3"), ("sleep 9", "no answer within")])
 def test_failing_engine_is_reported_with_its_phrase(command, problem, monkeypatch, tmp_path):
     monkeypatch.setattr(synthesis, "installed_engines", lambda: ["flite"])
-    monkeypatch.setattr(synthesis, "_command", lambda clip, output: (["sh", "-c", command], ""))
+    monkeypatch.setattr(synthesis, "command_for", lambda clip, output: (["sh", "-c", command], ""))
     monkeypatch.setattr(synthesis, "_SECONDS_PER_CLIP", 0.2)
     with pytest.raises(RuntimeError, match=f"for the phrase 'yes'.*{problem}"):
         synthesize_phrases(["yes"], tmp_path, disable_tqdm=True)
