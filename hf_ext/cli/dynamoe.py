@@ -11,8 +11,6 @@ import torch
 import typer
 from rich.console import Console
 
-from hf_ext.cli.dynamoe_bench import bench
-from hf_ext.cli.dynamoe_eval import evaluate
 from hf_ext.cli.loading import check_checkpoint, chosen_device, load_base, load_nested, made_folder, short_name
 from hf_ext.cli.options import (
     DATASET_HELP,
@@ -53,19 +51,6 @@ class Similarity(StrEnum):
     error = "error"
 
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    help="Nested experts: a dense model whose compute follows the difficulty of each token.",
-    epilog="Example: `hf-ext dynamoe convert --model HuggingFaceTB/SmolLM2-135M --dataset texts.txt --output-dir moe`",
-)
-
-
-@app.command(
-    epilog="Example: `hf-ext dynamoe convert --model HuggingFaceTB/SmolLM2-135M --dataset texts.txt --widths 384,768,1536 "
-    "--output-dir moe`"
-)
 def convert(
     model: Annotated[str, typer.Option(help="Hub id or folder of the dense model; it stays as it is.")],
     dataset: Annotated[
@@ -169,10 +154,6 @@ def receipt_table(receipt: Any, name: str) -> Table:
     return Table(["expert", "neurons", "share of the MLP", "importance by layer"], rows, caption)
 
 
-@app.command(
-    epilog="Example: `hf-ext dynamoe train --model moe --dataset texts.txt --steps 2000 --distillation-weight 1 "
-    "--output-dir trained`"
-)
 def train(
     model: NestedOption,
     dataset: Annotated[str, typer.Option(help=DATASET_HELP)],
@@ -295,9 +276,3 @@ def _training_table(figures: dict[str, Any], caption: str) -> Table:
         for name in sorted(names, key=lambda name: float(name.removeprefix("eval_")))
     ]
     return Table(["budget", "active MLP", "perplexity", "router accuracy"], rows, caption)
-
-
-app.command("eval", epilog="Example: `hf-ext dynamoe eval --model moe --dataset held-out.txt -s 0.5 -s 0.7 -s 0.9`")(
-    evaluate
-)
-app.command(epilog="Example: `hf-ext dynamoe bench --shape 2048,8192,8 -s 0.5`")(bench)

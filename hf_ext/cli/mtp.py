@@ -51,19 +51,7 @@ ModelOption = Annotated[
 ]
 AdapterOption = Annotated[str | None, typer.Option(help="Hub id or folder of the adapter.")]
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    help="Multi-token prediction: train an adapter, generate with it, measure it.",
-    epilog='Example: `hf-ext mtp generate --prompt "Once upon a time"`',
-)
 
-
-@app.command(
-    epilog="Example: `hf-ext mtp train --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset openai/gsm8k "
-    "--dataset-config main --output-dir adapter`"
-)
 def train(
     model: Annotated[str, typer.Option(help="Hub id or folder of the base model; it stays as it is.")],
     dataset: Annotated[str, typer.Option(help=DATASET_HELP)],
@@ -180,7 +168,6 @@ def train(
         console.print(f"Pushed to {trainer.push_to_hub()}")
 
 
-@app.command(epilog='Example: `hf-ext mtp generate --prompt "Once upon a time" --k 4 --strategy linear`')
 def generate(
     prompt: Annotated[str, typer.Option(help="What to continue.")],
     model: ModelOption = None,
@@ -221,7 +208,6 @@ def generate(
     )
 
 
-@app.command(epilog="Example: `hf-ext mtp bench --k 2 --k 4 --strategy linear --json bench.json`")
 def bench(
     model: ModelOption = None,
     adapter: AdapterOption = None,
