@@ -25,7 +25,8 @@ from hf_ext.cli.dynamoe_views import (
     trade_off,
     verdict,
 )
-from hf_ext.cli.loading import load_pair, suitable_threads
+from hf_ext.cli.loading import suitable_threads
+from hf_ext.cli.pairs import load_pair
 from hf_ext.cli.report import Bars, Block, Figures, Prose, Section
 
 

@@ -20,7 +20,8 @@ from hf_ext.cli.compare import (
     prompt_lookup,
 )
 from hf_ext.cli.demo_options import DemoOptions
-from hf_ext.cli.loading import Pair, load_base, load_pair, suitable_threads
+from hf_ext.cli.loading import load_base, suitable_threads
+from hf_ext.cli.pairs import Pair, load_pair
 from hf_ext.cli.report import Bars, Block, Figures, Prose, Section, Steps, Table, split_into_steps, token_texts
 
 

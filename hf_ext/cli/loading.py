@@ -2,56 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_ext import DynaMoeForCausalLM, shipped_model
-from hf_ext.cli.compare import share_weights
+from hf_ext import shipped_model
 
 
 # What loading raises where there is no model, another kind of one, or files that are damaged, cut off or of different models.
 UNLOADABLE = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 # Below so many parameters, a second thread gains nothing on a CPU: handing out the work takes longer than the work.
 _ONE_THREAD_BELOW = 5_000_000
-
-
-@dataclass
-class Pair:
-    """
-    A model with a multi-token adapter, and the same model without.
-
-    Args:
-        name (`str`):
-            What was loaded, in words.
-        base ([`~transformers.PreTrainedModel`]):
-            Free of adapters; shares the weights of `adapted`.
-        adapted ([`~peft.PeftModel`]):
-            With the adapter.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
-    """
-
-    name: str
-    base: Any
-    adapted: Any
-    tokenizer: Any
-
-    @property
-    def num_masks(self) -> int:
-        return self.adapted.active_peft_config.num_masks
 
 
 def load_base(name: str, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
@@ -152,46 +121,6 @@ def load_spotter(name: str | None, device: str | None = None) -> Any:
     return pipeline("keyword-spotting", model=model, processor=processor, device=chosen_device(device))
 
 
-def load_pair(model: str | None, adapter: str | None, device: str | None = None, dtype: str = "auto") -> Pair:
-    """
-    A model with its multi-token adapter.
-
-    Args:
-        model (`str`, *optional*):
-            Hub id or folder of the base model, or of an adapter, which names its base itself. By default the small
-            story model that comes with the package.
-        adapter (`str`, *optional*):
-            Hub id or folder of the adapter.
-        device (`str`, *optional*), dtype (`str`, *optional*, defaults to `"auto"`):
-            As in [`load_base`].
-
-    Raises:
-        typer.BadParameter: where a model or an adapter can't be found or does not fit.
-    """
-    if model is None and adapter is None:
-        model, adapter, name = str(shipped_model("tiny-lm")), str(shipped_model("tiny-lm-mtp")), "tiny-lm (shipped)"
-    elif adapter is None:
-        model, adapter, name = _base_of(model, no_adapter=True), model, short_name(str(model))
-    elif model is None:
-        model, name = _base_of(adapter, no_adapter=False), short_name(adapter)
-    else:
-        name = f"{short_name(model)} with {short_name(adapter)}"
-    base, tokenizer = load_base(str(model), device, dtype)
-    untouched = share_weights(base)
-    try:
-        with warnings.catch_warnings():
-            # PEFT's own use of a property that transformers renamed; nothing that a user could act on.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise typer.BadParameter(f"can't load the adapter {adapter!r}: {error}") from error
-    if not hasattr(adapted.active_peft_config, "num_masks"):
-        raise typer.BadParameter(
-            f"{adapter!r} is a {adapted.active_peft_config.peft_type.value} adapter, not a multi-token one: train one with `hf-ext mtp train`."
-        )
-    return Pair(name, untouched, adapted, tokenizer)
-
-
 def load_nested(name: str, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
     """
     A model of nested experts and its tokenizer, as [`load_base`] loads them.
@@ -199,6 +128,8 @@ def load_nested(name: str, device: str | None = None, dtype: str = "auto") -> tu
     Raises:
         typer.BadParameter: where there is no such model, or a dense one.
     """
+    from hf_ext import DynaMoeForCausalLM
+
     model, tokenizer = load_base(name, device, dtype)
     if not isinstance(model, DynaMoeForCausalLM):
         raise typer.BadParameter(
@@ -233,6 +164,9 @@ def check_checkpoint(folder: Path) -> None:
     Raises:
         typer.BadParameter: where there is none.
     """
+    # The trainers' module imports PEFT, which most commands do without.
+    from transformers.trainer_utils import get_last_checkpoint
+
     if not folder.is_dir() or get_last_checkpoint(str(folder)) is None:
         raise typer.BadParameter(f"--resume finds no checkpoint in {folder}: leave it out to start anew.")
 
@@ -272,19 +206,3 @@ def made_folder(path: Path) -> Iterator[None]:
 def short_name(name: str) -> str:
     """Hub ids as they are, folders by their last part: a page that is passed on shows no paths."""
     return Path(name).resolve().name if Path(name).exists() else name
-
-
-def _base_of(name: str | None, no_adapter: bool) -> str:
-    try:
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    except (OSError, ValueError) as error:
-        hint = f"can't load an adapter from {name!r}: {error.__cause__ or error}"
-        if no_adapter:
-            hint += (
-                ". If it is a base model, pass its adapter with --adapter, or train one first: "
-                f"hf-ext mtp train --model {name} --dataset <dataset id or file> --output-dir adapter"
-            )
-        raise typer.BadParameter(hint) from error
-    if not base:
-        raise typer.BadParameter(f"The adapter {name!r} does not name its base model: pass it with --model.")
-    return base

@@ -27,7 +27,7 @@ from hf_ext.cli.compare import (
 )
 from hf_ext.cli.demo_mtp import results_table, verdict
 from hf_ext.cli.demo_options import PROMPTS
-from hf_ext.cli.loading import check_checkpoint, load_base, load_pair, made_folder, suitable_threads
+from hf_ext.cli.loading import check_checkpoint, load_base, made_folder, suitable_threads
 from hf_ext.cli.options import (
     DATASET_HELP,
     DatasetConfigOption,
@@ -37,6 +37,7 @@ from hf_ext.cli.options import (
     SplitOption,
     ThreadsOption,
 )
+from hf_ext.cli.pairs import load_pair
 from hf_ext.cli.report import Table, rich_table
 from hf_ext.cli.training_rows import check_columns, check_texts, check_tokens
 from hf_ext.cli.training_text import load_rows, prompts_of, split_off

@@ -14,7 +14,8 @@ from hf_ext.cli.compare import (
     prompt_lookup,
     share_weights,
 )
-from hf_ext.cli.loading import load_base, load_pair, suitable_threads
+from hf_ext.cli.loading import load_base, suitable_threads
+from hf_ext.cli.pairs import load_pair
 
 
 @pytest.fixture(scope="module")

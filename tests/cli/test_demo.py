@@ -231,3 +231,10 @@ def test_importing_the_commands_loads_neither_matplotlib_nor_trl():
     code = "import sys, hf_ext.cli.demo, hf_ext.cli.mtp, hf_ext.cli.dynamoe, hf_ext.cli.kws_train; print('matplotlib' in sys.modules, 'trl' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert output.stdout.split() == ["False", "False"]
+
+
+def test_spotting_and_conversion_load_no_peft():
+    """Importing it takes seconds, and brings quantisation libraries that print."""
+    code = "import sys, hf_ext.cli.dynamoe, hf_ext.cli.kws_eval; print('peft' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert output.stdout.split() == ["False"]
