@@ -7,8 +7,8 @@ paper on clips in rooms, noise and silence. Changed clips from the start would t
 The synthesisers are Debian's: `apt-get install -y espeak-ng flite mbrola libttspico-utils rhvoice rhvoice-english mbrola-us1
 mbrola-us2 mbrola-us3 mbrola-en1`, some of them in its non-free part. The shipped model heard English with the accents of further
 voices too: `mbrola-{af1,de1,de2,de3,de4,de5,de6,fr1,fr4,gr2,hu1,nl2,pl1,ro1,sw1,sw2}`. `--small` is the paper's size, about three
-quarters of an hour on two cores; `--shipped` the model that comes with the package, three times as large, two hours on two cores
-that multiply in bfloat16:
+quarters of an hour on two cores; `--shipped` the model that comes with the package, three times as large, an hour and a half on
+two cores that multiply in bfloat16:
 
     python examples/train_slick.py --shipped --bf16 true --use_cpu true --output_dir out/slick --text_files text/*.txt \
         --noise noise --eval_folders speech_commands wake_words spoken_digits coffee_orders
@@ -62,11 +62,12 @@ SMALL = {
     "hidden_dropout": 0.0,
     "hide_stripes": False,
     "dataloader_num_workers": 1,
-    # Chosen on recordings: the matcher knows synthesised voices better than people's, and whole clips better than parts of
-    # them. They change the AUC by a point at most.
-    "matcher_score_weight": 0.3,
+    # Chosen on recordings: the matcher knows synthesised voices better than people's, and phrases by themselves better than
+    # parts of sentences. They change the AUC by a point at most.
+    "matcher_score_floor": -2.5,
+    "matcher_max_surplus": 8,
     "ctc_score_weight": 2.0,
-    "score_bias": 3.0,
+    "score_bias": 3.5,
     "cohort_size": 128,
 }
 # What is shipped: a wider model that hears more for longer, and fits four megabytes in 16 bits.
@@ -80,7 +81,7 @@ SHIPPED = {
     "num_phrases": 20_000,
     "num_pseudo_words": 7_000,
     "encoder_steps": 1_500,
-    "max_steps": 7_000,
+    "max_steps": 10_000,
     "learning_rate": 1.5e-3,
     "warmup_steps": 200,
 }
@@ -132,6 +133,12 @@ class RecipeArguments:
     ctc_score_weight: float = field(default=0.0, metadata={"help": "What the reading of the phrase counts in it."})
     score_bias: float = field(
         default=0.0, metadata={"help": "What is added, so that half of a chance is a fair threshold."}
+    )
+    matcher_score_floor: float | None = field(
+        default=None, metadata={"help": "The least that the matcher's log odds count."}
+    )
+    matcher_max_surplus: int | None = field(
+        default=None, metadata={"help": "Phonemes in a clip beyond the phrase's own, up to which the matcher counts."}
     )
     cohort_size: int = field(default=0, metadata={"help": "Words that the reading is compared with."})
     half_weights: bool = field(
@@ -239,7 +246,13 @@ def set_score(
     if recipe.cohort_size and fitting:
         chosen = Random(seed).sample(fitting, min(recipe.cohort_size, len(fitting)))
         model.set_cohort(tokenizer(chosen, padding=True, return_tensors="pt")["input_ids"])
-    for name in ("matcher_score_weight", "ctc_score_weight", "score_bias"):
+    for name in (
+        "matcher_score_weight",
+        "matcher_score_floor",
+        "matcher_max_surplus",
+        "ctc_score_weight",
+        "score_bias",
+    ):
         setattr(model.config, name, getattr(recipe, name))
 
 

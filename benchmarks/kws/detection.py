@@ -90,13 +90,14 @@ def sounds_near(phrase: str, other: str, tokenizer: Any) -> bool:
 def scores_of(spotter: Any, clips: list[torch.Tensor], phrases: list[list[str]]) -> list[np.ndarray]:
     """For each clip and each of its phrases the matcher's score, that of the reading, and the model's own."""
     config = spotter.model.config
-    names = ("matcher_score_weight", "ctc_score_weight", "score_bias")
-    own = {name: getattr(config, name) for name in names}
-    parts = [dict(zip(names, weights, strict=True)) for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))]
+    apart = {"matcher_score_floor": None, "matcher_max_surplus": None, "score_bias": 0.0}
+    matcher = {**apart, "matcher_score_weight": 1.0, "ctc_score_weight": 0.0}
+    reading = {**apart, "matcher_score_weight": 0.0, "ctc_score_weight": 1.0}
+    own = {name: getattr(config, name) for name in matcher}
     found = []
     for clip, asked in zip(tqdm(clips, desc="Scoring"), phrases, strict=True):
         columns = []
-        for weights in (*parts, own):
+        for weights in (matcher, reading, own):
             config.update(weights)
             answers = spotter(
                 clip.numpy(),

@@ -49,6 +49,12 @@ class SlickConfig(PreTrainedConfig):
             reading the phrase in the output of the CTC layer ([`ctc_phrase_scores`]) times the second, and the bias. The
             paper leaves the CTC layer out at inference; on recordings unlike the training data it knows more than the
             matcher. The weights change no loss: they are set after training.
+        matcher_score_floor (`float`, *optional*):
+            The least that the matcher's log odds count. One that hears a voice or a microphone unlike those of its training
+            denies everything at any height.
+        matcher_max_surplus (`int`, *optional*):
+            How many phonemes the CTC layer may hear in a clip beyond as many as the phrase has, for the matcher to count. It
+            is trained on clips that hold the phrase alone; what it says of a phrase inside a sentence is noise.
         cohort_size (`int`, *optional*, defaults to `0`), cohort_score_weight (`float`, *optional*, defaults to `0.45`):
             How many phrases that nobody asks for are read as well ([`~SlickForKeywordSpotting.set_cohort`]), and how much of
             what the best quarter of them reaches is subtracted from a phrase's own reading. In a noisy clip anything can be
@@ -60,7 +66,7 @@ class SlickConfig(PreTrainedConfig):
 
     Raises:
         ValueError: if a size is not positive, heads don't divide the width, the kernel is even, there are too few channels, or
-            the weight of a loss is negative.
+            the weight of a loss, `cohort_size` or `matcher_max_surplus` is negative.
 
     Example:
 
@@ -99,6 +105,8 @@ class SlickConfig(PreTrainedConfig):
     matcher_score_weight: float | int = 1.0
     ctc_score_weight: float | int = 0.0
     score_bias: float | int = 0.0
+    matcher_score_floor: float | int | None = None
+    matcher_max_surplus: int | None = None
     cohort_size: int = 0
     cohort_score_weight: float | int = 0.45
     utterance_loss_weight: float | int = 2.0
@@ -113,6 +121,8 @@ class SlickConfig(PreTrainedConfig):
         check_encoder(self)
         check_sizes(self, "max_phonemes", "num_matcher_heads")
         check_weights(self, "utterance_loss_weight", "prefix_loss_weight", "ctc_loss_weight", "cohort_size")
+        if self.matcher_max_surplus is not None:
+            check_weights(self, "matcher_max_surplus")
         if self.hidden_size % self.num_matcher_heads:
             raise ValueError(
                 f"`num_matcher_heads` ({self.num_matcher_heads}) does not divide `hidden_size` ({self.hidden_size})."

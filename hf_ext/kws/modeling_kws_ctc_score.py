@@ -1,4 +1,4 @@
-"""How well a phrase's phonemes can be read in a clip, from a CTC head alone."""
+"""How well a phrase's phonemes can be read in a clip, and how many there are, from a CTC head alone."""
 
 import torch
 
@@ -48,3 +48,21 @@ def ctc_phrase_scores(
         ended = state.gather(-1, last.clamp(min=0))
         best = torch.maximum(best, ended)
     return best[..., 0] / phoneme_mask.sum(-1).clamp(min=1)
+
+
+def ctc_symbols_heard(log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    How many symbols the likeliest ones of the frames spell, repetitions and blanks left out.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(batch_size, frames, vocab_size)`):
+            Log probabilities of a CTC head, whose blank is symbol 0.
+        mask (`torch.Tensor` of shape `(batch_size, frames)`):
+            True for frames that are no padding.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`.
+    """
+    heard = log_probs.argmax(-1).masked_fill(~mask, 0)
+    before = torch.nn.functional.pad(heard, (1, 0))[:, :-1]
+    return ((heard != before) & (heard != 0)).sum(-1)

@@ -11,7 +11,7 @@ from transformers.utils import can_return_tuple
 from .configuration_slick import SlickConfig
 from .modeling_kws_base import TextDefinedKwsPreTrainedModel
 from .modeling_kws_conformer import KwsConformerEncoder, phoneme_ctc_loss, sinusoids
-from .modeling_kws_ctc_score import ctc_phrase_scores
+from .modeling_kws_ctc_score import ctc_phrase_scores, ctc_symbols_heard
 from .modeling_kws_outputs import KeywordSpottingOutput, KwsAudioFeatures, KwsTextFeatures
 
 
@@ -273,21 +273,34 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
         self, matches: torch.Tensor, audio: KwsAudioFeatures, ids: torch.Tensor | None, mask: torch.Tensor
     ) -> torch.Tensor:
         """The matcher's log odds, of shape `(batch_size, num_phrases)`, and what the CTC layer says beside it."""
-        odds = self.config.matcher_score_weight * matches + self.config.score_bias
-        if self.config.ctc_score_weight:
+        config = self.config
+        if config.matcher_score_floor is not None:
+            matches = matches.clamp(min=config.matcher_score_floor)
+        reading: torch.Tensor | float = 0.0
+        if config.ctc_score_weight or config.matcher_max_surplus is not None:
             if ids is None:
                 raise ValueError(
                     "`text` has no `keyword_ids`, which the CTC layer needs: take what `get_text_features` returned."
                 )
             log_probs = self.ctc_head(audio.last_hidden_state).float().log_softmax(-1)
-            reading = ctc_phrase_scores(log_probs, audio.attention_mask, ids, mask)
-            if self.config.cohort_size:
-                others = ctc_phrase_scores(log_probs, audio.attention_mask, self.cohort, self.cohort > 0)
-                best = others.topk(-(-self.config.cohort_size // 4)).values.mean(-1, keepdim=True)
-                # A clip too short for any of them says nothing.
-                reading = reading - self.config.cohort_score_weight * best.clamp(min=_LEAST_READING)
-            odds = odds + self.config.ctc_score_weight * reading
-        return odds
+            if config.matcher_max_surplus is not None:
+                surplus = ctc_symbols_heard(log_probs, audio.attention_mask)[:, None] - mask.sum(-1)
+                matches = matches.masked_fill(surplus > config.matcher_max_surplus, 0.0)
+            if config.ctc_score_weight:
+                reading = self._reading(log_probs, audio.attention_mask, ids, mask)
+        return config.matcher_score_weight * matches + config.ctc_score_weight * reading + config.score_bias
+
+    def _reading(
+        self, log_probs: torch.Tensor, frame_mask: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """What it costs to read each phrase in each clip, less what some of it costs to read the cohort."""
+        reading = ctc_phrase_scores(log_probs, frame_mask, ids, mask)
+        if not self.config.cohort_size:
+            return reading
+        others = ctc_phrase_scores(log_probs, frame_mask, self.cohort, self.cohort > 0)
+        best = others.topk(-(-self.config.cohort_size // 4)).values.mean(-1, keepdim=True)
+        # A clip too short for any of them says nothing.
+        return reading - self.config.cohort_score_weight * best.clamp(min=_LEAST_READING)
 
     def _padded_phrases(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if ids.dim() != 2:

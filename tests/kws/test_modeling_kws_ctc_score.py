@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_ext import SlickConfig, SlickForKeywordSpotting
-from hf_ext.kws.modeling_kws_ctc_score import ctc_phrase_scores
+from hf_ext.kws.modeling_kws_ctc_score import ctc_phrase_scores, ctc_symbols_heard
 
 
 def cheapest_reading(log_probs, phonemes):
@@ -83,6 +83,40 @@ def test_score_and_forward_weigh_matcher_and_reading_alike(head_type):
     # The loss is the paper's, whatever the weights of the score are.
     expected = torch.nn.functional.binary_cross_entropy_with_logits(by_matcher.diagonal(), torch.ones(3))
     torch.testing.assert_close(output.utterance_loss, expected)
+
+
+def test_symbols_heard_are_those_of_the_greedy_reading():
+    torch.manual_seed(0)
+    log_probs, mask = torch.randn(4, 40, 5).log_softmax(-1), torch.arange(40) < torch.tensor([40, 39, 7, 1])[:, None]
+    greedy = [
+        sum(symbol != 0 for symbol, _ in itertools.groupby(row[kept].tolist()))
+        for row, kept in zip(log_probs.argmax(-1), mask, strict=True)
+    ]
+    assert ctc_symbols_heard(log_probs, mask).tolist() == greedy
+    assert ctc_symbols_heard(log_probs[..., :1].expand(-1, -1, 5), mask).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("ctc_score_weight", [0.0, 2.0])
+def test_matcher_counts_down_to_its_floor_and_where_little_else_is_heard(ctc_score_weight):
+    torch.manual_seed(0)
+    config = SlickConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    model = SlickForKeywordSpotting(config).eval()
+    features, ids = torch.randn(3, 60, 80), torch.randint(4, 74, (3, 5))
+    ids[1, 2:] = 0
+    audio, text = model.get_audio_features(features), model.get_text_features(ids)
+    by_matcher = model.score(audio, text)
+    config.update({"matcher_score_weight": 0.0, "ctc_score_weight": ctc_score_weight})
+    reading = model.score(audio, text)
+    heard = ctc_symbols_heard(model.ctc_head(audio.last_hidden_state).log_softmax(-1), audio.attention_mask)
+    floor, surplus = by_matcher.median(), heard[:, None] - (ids > 0).sum(-1)
+    most = int(surplus.median())
+    assert 0 < (surplus <= most).sum() < surplus.numel()
+    config.update(
+        {"matcher_score_weight": 1.0, "matcher_score_floor": float(floor), "matcher_max_surplus": max(most, 0)}
+    )
+    expected = reading + by_matcher.clamp(min=floor) * (surplus <= max(most, 0))
+    torch.testing.assert_close(model.score(audio, text), expected)
+    torch.testing.assert_close(model(features, keyword_ids=ids).logits, expected.diagonal())
 
 
 def test_cohort_takes_off_what_can_be_read_anywhere(tmp_path):
