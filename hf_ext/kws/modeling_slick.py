@@ -294,11 +294,16 @@ class SlickForKeywordSpotting(SlickPreTrainedModel):
         self, log_probs: torch.Tensor, frame_mask: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """What it costs to read each phrase in each clip, less what some of it costs to read the cohort."""
-        reading = ctc_phrase_scores(log_probs, frame_mask, ids, mask)
         if not self.config.cohort_size:
-            return reading
-        others = ctc_phrase_scores(log_probs, frame_mask, self.cohort, self.cohort > 0)
-        best = others.topk(-(-self.config.cohort_size // 4)).values.mean(-1, keepdim=True)
+            return ctc_phrase_scores(log_probs, frame_mask, ids, mask)
+        ids, mask = (x.expand(len(log_probs), *x.shape[-2:]) for x in (ids, mask))
+        others = self.cohort.expand(len(log_probs), -1, -1)
+        # In one pass over the frames, which takes hardly longer for more phrases.
+        scores = ctc_phrase_scores(
+            log_probs, frame_mask, torch.cat([ids, others], dim=1), torch.cat([mask, others > 0], dim=1)
+        )
+        reading, theirs = scores.split([ids.shape[1], others.shape[1]], dim=1)
+        best = theirs.topk(-(-self.config.cohort_size // 4)).values.mean(-1, keepdim=True)
         # A clip too short for any of them says nothing.
         return reading - self.config.cohort_score_weight * best.clamp(min=_LEAST_READING)
 
