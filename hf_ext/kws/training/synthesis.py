@@ -117,7 +117,7 @@ def synthesize_phrases(
         `Path`: The folder, for [`load_utterances`].
 
     Raises:
-        FileNotFoundError: if an engine is not installed; it names the package.
+        FileNotFoundError: if an engine is not installed or has no voice; it names the package.
         ValueError: if there is no phrase, one has no pronounceable character or one that is not Latin, an argument is out of
             its range, or the folder has a `metadata.csv` of something else.
         TypeError: for one text in place of a list.
@@ -178,8 +178,8 @@ def _checked_engines(engines: Sequence[str] | None) -> list[str]:
     if absent:
         packages = " ".join(ENGINES[engine][1] for engine in absent)
         raise FileNotFoundError(
-            f"Speech synthesis needs {' or '.join(absent) if not wanted else ' and '.join(absent)}, which is not installed. "
-            f"On Debian and Ubuntu: apt-get install -y {packages}"
+            f"Speech synthesis needs {' or '.join(absent) if not wanted else ' and '.join(absent)}, which is not installed "
+            f"or has no voice. On Debian and Ubuntu: apt-get install -y {packages}"
         )
     return wanted
 

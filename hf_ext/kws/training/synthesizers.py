@@ -88,8 +88,8 @@ class SpokenClip:
 
 
 def installed_engines() -> list[str]:
-    """The synthesisers that this machine has, of those in `ENGINES`."""
-    return [engine for engine, (program, _) in ENGINES.items() if shutil.which(program)]
+    """The synthesisers that this machine has with a voice, of those in `ENGINES`."""
+    return [engine for engine, (program, _) in ENGINES.items() if shutil.which(program) and voices_of(engine)]
 
 
 def draw_voice(engine: str, generator: Random) -> str:
@@ -115,32 +115,22 @@ def voices_of(engine: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _mbrola_voices() -> list[str]:
-    voices = [voice for voice in _MBROLA_VOICES if (_MBROLA_FOLDER / voice.removesuffix("-en")).exists()]
-    if not voices:
-        raise FileNotFoundError(
-            f"mbrola has no voice. On Debian and Ubuntu: apt-get install -y {ENGINES['mbrola'][1]}"
-        )
-    return voices
+    return [voice for voice in _MBROLA_VOICES if (_MBROLA_FOLDER / voice.removesuffix("-en")).exists()]
 
 
 @lru_cache(maxsize=1)
 def _rhvoice_voices() -> list[str]:
     infos = {info.parent.name: info.read_text("utf-8") for info in sorted(_RHVOICE_FOLDER.glob("*/voice.info"))}
-    voices = [name for name, info in infos.items() if "language=English" in info.splitlines()]
-    if not voices:
-        raise FileNotFoundError(
-            f"RHVoice has no English voice. On Debian and Ubuntu: apt-get install -y {ENGINES['rhvoice'][1]}"
-        )
-    return voices
+    return [name for name, info in infos.items() if "language=English" in info.splitlines()]
 
 
 @lru_cache(maxsize=1)
 def _festival_voices() -> list[str]:
-    listed = subprocess.run(["festival", "--pipe"], input="(print (voice.list))", capture_output=True, text=True)
-    voices = sorted(re.findall(r"[a-z]\w+", listed.stdout))
-    if not voices:
-        raise FileNotFoundError("festival has no voice. On Debian and Ubuntu: apt-get install -y festvox-kallpc16k")
-    return voices
+    # Without a voice festival prints a warning beside what it is asked, and names voices that there could be.
+    asked = '(format t "voices: %l\n" (voice.list))'
+    printed = subprocess.run(["festival", "--pipe"], input=asked, capture_output=True, text=True).stdout
+    listed = re.search(r"^voices: \((.*)\)$", printed, re.MULTILINE)
+    return sorted(listed[1].split()) if listed else []
 
 
 def command_for(clip: SpokenClip, output: str) -> tuple[list[str], str]:

@@ -94,6 +94,8 @@ def main(folder: Path) -> None:
             "confusion": trainer.confusion[0.5].tolist(),
         }
         (folder / "figures.json").write_text(json.dumps(found))
+    # A process that ends before the other may be aborted in its connections.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Word lists become folders of spoken clips."""
 
 import csv
+import os
 import subprocess
 
 import numpy as np
@@ -65,6 +66,35 @@ def test_speed_and_pitch_reach_each_engine(engine, tmp_path):
     assert len(fast) < 0.85 * len(slow)
     length = min(len(slow), len(high))
     assert not np.allclose(slow[:length], high[:length], atol=1e-3)
+
+
+FESTIVAL_WITHOUT_VOICES = """
+"Could not find any of these voices:"
+(nitech_us_slt_arctic_hts kal_diphone ked_diphone)
+
+WARNING
+No default voice found in ("/usr/share/festival/voices/")
+either no voices unpacked or voice-path is wrong
+Scheme interpreter will work, but there is no voice to speak with.
+WARNING
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "voices"),
+    [("nil", []), ("(kal_diphone)", ["kal_diphone"]), ("(us_slt kal_diphone)", ["kal_diphone", "us_slt"])],
+)
+def test_engine_without_a_voice_is_none(answer, voices, monkeypatch, tmp_path):
+    """As Debian installs festival without what it recommends. What it printed is festival 2.5's."""
+    for name in ("festival", "text2wave"):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\ncat <<'END'\n{FESTIVAL_WITHOUT_VOICES}voices: {answer}\nEND\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    synthesizers._festival_voices.cache_clear()
+    assert synthesizers.voices_of("festival") == voices
+    assert ("festival" in installed_engines()) == bool(voices)
+    synthesizers._festival_voices.cache_clear()
 
 
 @needs("festival")

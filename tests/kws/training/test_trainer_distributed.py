@@ -70,6 +70,8 @@ def main(folder):
         }
         save_file(weights_of(run), folder / "weights.safetensors")
         (folder / "figures.json").write_text(json.dumps(found))
+    # A process that ends before the other may be aborted in its connections.
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -94,6 +94,8 @@ def main(folder: Path) -> None:
         found = {"figures": figures_of(trainer), "evaluation": {name: evaluation[name] for name in EVALUATED}}
         found["cards"] = len(list(folder.glob("README.md")))
         (folder / "figures.json").write_text(json.dumps(found))
+    # A process that ends before the other may be aborted in its connections.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
