@@ -25,6 +25,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCTC, HfArgumentParser
@@ -247,3 +248,5 @@ if __name__ == "__main__":
         # The last of two values counts.
         arguments = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))] + arguments
     main(*HfArgumentParser((RecipeArguments, CedTrainingArguments)).parse_args_into_dataclasses(arguments))
+    # A process that ends before the others may be aborted in its connections to them.
+    PartialState().destroy_process_group()

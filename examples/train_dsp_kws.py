@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
+from accelerate import PartialState
 from transformers import AutoModelForCTC, AutoTokenizer, HfArgumentParser
 
 from hf_ext import (
@@ -176,3 +177,5 @@ def read_arguments(words: list[str]) -> tuple[RecipeArguments, DspTrainingArgume
 
 if __name__ == "__main__":
     main(*read_arguments(sys.argv[1:]))
+    # A process that ends before the others may be aborted in its connections to them.
+    PartialState().destroy_process_group()

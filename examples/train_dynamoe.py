@@ -16,6 +16,7 @@ called again with `--resume_from_checkpoint true` it goes on where it stopped. F
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -104,3 +105,5 @@ def main(recipe: RecipeArguments, args: NestedTrainingArguments):
 
 if __name__ == "__main__":
     main(*HfArgumentParser((RecipeArguments, NestedTrainingArguments)).parse_args_into_dataclasses())
+    # A process that ends before the others may be aborted in its connections to them.
+    PartialState().destroy_process_group()

@@ -36,6 +36,7 @@ from random import Random
 from typing import Literal
 
 import torch
+from accelerate import PartialState
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import AutoFeatureExtractor, HfArgumentParser, Trainer, TrainingArguments
@@ -321,3 +322,5 @@ def read_arguments(words: list[str]) -> tuple[RecipeArguments, GatedTrainingArgu
 
 if __name__ == "__main__":
     main(*read_arguments(sys.argv[1:]))
+    # A process that ends before the others may be aborted in its connections to them.
+    PartialState().destroy_process_group()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -123,3 +124,5 @@ def main(recipe: RecipeArguments, args: StoryMtpArguments):
 
 if __name__ == "__main__":
     main(*HfArgumentParser((RecipeArguments, StoryMtpArguments)).parse_args_into_dataclasses())
+    # A process that ends before the others may be aborted in its connections to them.
+    PartialState().destroy_process_group()

@@ -8,10 +8,10 @@ The synthesisers are Debian's: `apt-get install -y espeak-ng flite mbrola libtts
 mbrola-us2 mbrola-us3 mbrola-en1`, some of them in its non-free part. The shipped model heard English with the accents of further
 voices too: `mbrola-{af1,de1,de2,de3,de4,de5,de6,fr1,fr4,gr2,hu1,nl2,pl1,ro1,sw1,sw2}`. `--small` is the paper's size, about three
 quarters of an hour on two cores; `--shipped` the model that comes with the package, three times as large, an hour and a half on
-two cores that multiply in bfloat16:
+two cores that multiply in bfloat16 (one thread, since the other core prepares the batches):
 
-    python examples/train_slick.py --shipped --bf16 true --use_cpu true --output_dir out/slick --text_files text/*.txt \
-        --noise noise --eval_folders speech_commands wake_words spoken_digits coffee_orders
+    OMP_NUM_THREADS=1 python examples/train_slick.py --shipped --bf16 true --use_cpu true --output_dir out/slick \
+        --text_files text/*.txt --noise noise --eval_folders speech_commands wake_words spoken_digits coffee_orders
 
 Without either the settings are those of the paper's re-implementation (50,000 steps of 1,024 pairs), for a GPU and much more
 speech, such as LibriPhrase (`build_libriphrase`):
@@ -32,6 +32,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from accelerate import PartialState
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -63,7 +64,7 @@ SMALL = {
     "hide_stripes": False,
     "dataloader_num_workers": 1,
     # Chosen on recordings: the matcher knows synthesised voices better than people's, and phrases by themselves better than
-    # parts of sentences. They change the AUC by a point at most.
+    # parts of sentences. The last columns of benchmarks/results/kws/detection.md have matcher and reading each alone.
     "matcher_score_floor": -2.5,
     "matcher_max_surplus": 8,
     "ctc_score_weight": 2.0,
@@ -130,15 +131,15 @@ class RecipeArguments:
     hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout of the model."})
     head_type: str = field(default="flatten", metadata={"help": "flatten, as in the paper, or shared."})
     matcher_score_weight: float = field(default=1.0, metadata={"help": "What the matcher counts in the score."})
-    ctc_score_weight: float = field(default=0.0, metadata={"help": "What the reading of the phrase counts in it."})
-    score_bias: float = field(
-        default=0.0, metadata={"help": "What is added, so that half of a chance is a fair threshold."}
-    )
     matcher_score_floor: float | None = field(
         default=None, metadata={"help": "The least that the matcher's log odds count."}
     )
     matcher_max_surplus: int | None = field(
         default=None, metadata={"help": "Phonemes in a clip beyond the phrase's own, up to which the matcher counts."}
+    )
+    ctc_score_weight: float = field(default=0.0, metadata={"help": "What the reading of the phrase counts in it."})
+    score_bias: float = field(
+        default=0.0, metadata={"help": "What is added, so that half of a chance is a fair threshold."}
     )
     cohort_size: int = field(default=0, metadata={"help": "Words that the reading is compared with."})
     half_weights: bool = field(
@@ -312,7 +313,7 @@ def main(recipe: RecipeArguments, args: SlickTrainingArguments):
     trainer.train(resume_from_checkpoint=True if checkpoint in ("true", "True") else checkpoint)
     set_score(model, rows, tokenizer, recipe, args.seed)
     trainer.save_model()
-    if recipe.half_weights:
+    if recipe.half_weights and args.should_save:
         save_in_half(model, args.output_dir)
     for folder in recipe.eval_folders:
         utterances = load_utterances(folder)
@@ -327,3 +328,5 @@ if __name__ == "__main__":
         if flag in sys.argv:
             parser.set_defaults(**setting)
     main(*parser.parse_args_into_dataclasses())
+    # A process that ends before the others may be aborted in its connections to them.
+    PartialState().destroy_process_group()
