@@ -91,10 +91,9 @@ def test_engine_without_a_voice_is_none(answer, voices, monkeypatch, tmp_path):
         program.write_text(f"#!/bin/sh\ncat <<'END'\n{FESTIVAL_WITHOUT_VOICES}voices: {answer}\nEND\n")
         program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    synthesizers._festival_voices.cache_clear()
+    monkeypatch.setattr(synthesizers, "_festival_voices", synthesizers._festival_voices.__wrapped__)
     assert synthesizers.voices_of("festival") == voices
     assert ("festival" in installed_engines()) == bool(voices)
-    synthesizers._festival_voices.cache_clear()
 
 
 @needs("festival")
